@@ -1,0 +1,268 @@
+"""The command line: one table from command to function, imported only when it is called, so that help and mistakes answer at once."""
+
+import errno
+import importlib
+import os
+import signal
+import sys
+import traceback
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tnl import paths
+from tnl.errors import TnlError, one_line
+
+TARGETS = {
+    "train": "tnl.train.run:run",
+    "resume": "tnl.train.run:resume",
+    "check": "tnl.train.check:run",
+    "chat": "tnl.generate.chat:run",
+    "generate": "tnl.generate.run:run",
+    "evaluate": "tnl.evaluate.run:run",
+    "merge": "tnl.adapter.merge:run",
+    "download": "tnl.hub:run",
+    "demo": "tnl.train.demo:run",
+}
+STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.EFBIG}
+
+app = typer.Typer(
+    help="Fine-tune TransNormerLLM with LoRA and talk to the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file such as those in recipes/.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Values that replace the recipe's.")]
+Talker = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A model's folder or repository, demo, or the folder of a run.")]
+System = Annotated[str | None, typer.Option(help="The system prompt; without it that of the run.")]
+Template = Annotated[str | None, typer.Option(help="How turns are written; without it that of the run.")]
+Temperature = Annotated[float | None, typer.Option(min=0.0, help="0 always takes the most probable token.")]
+TopP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Draw from the tokens that together reach this share.")]
+MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Tokens an answer may have.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Where the draws start: the same seed gives the same answer.")]
+Base = Annotated[str | None, typer.Option(help="The base model, where it is no longer where the run found it.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Dtype = Annotated[str, typer.Option(help="auto, bfloat16 or float32.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"tnl {version('tnl')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _wanted: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+    _debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Fine-tune as a recipe says; the same command again continues an unfinished run."""
+    _check_recipe(recipe, overrides)
+    _call("train", recipe, overrides or [])
+
+
+@app.command()
+def resume(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]) -> None:
+    """Continue an unfinished run from its newest valid checkpoint."""
+    _call("resume", run)
+
+
+@app.command()
+def check(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Show what a recipe would do, without training: records, parameters, memory."""
+    _check_recipe(recipe, overrides)
+    _call("check", recipe, overrides or [])
+
+
+@app.command()
+def chat(
+    model_or_run: Talker,
+    system: System = None,
+    template: Template = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    max_new_tokens: MaxNewTokens = None,
+    seed: Seed = None,
+    base: Base = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Talk to a model or to the result of a run."""
+    _call("chat", **locals())
+
+
+@app.command()
+def generate(
+    model_or_run: Talker,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The question.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Questions, one a line, instead of PROMPT.")] = None,
+    system: System = None,
+    template: Template = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    max_new_tokens: MaxNewTokens = None,
+    seed: Seed = None,
+    base: Base = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Answer one question, or each line of a file, and end."""
+    _call("generate", **locals())
+
+
+@app.command()
+def evaluate(
+    recipe_or_run: Annotated[Path, typer.Argument(metavar="RECIPE_OR_RUN", help="A recipe (its base model) or a run (its adapter).")],
+    overrides: Overrides = None,
+) -> None:
+    """Measure loss and perplexity on the held-out records."""
+    if not recipe_or_run.is_dir():
+        _check_recipe(recipe_or_run, overrides)
+    _call("evaluate", recipe_or_run, overrides or [])
+
+
+@app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or of an adapter.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of the merged model; must not exist.")],
+    dtype: Dtype = "auto",
+) -> None:
+    """Write base and adapter as one model that needs no peft."""
+    _call("merge", run, out, dtype)
+
+
+@app.command()
+def download(
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="owner/name, for example OpenNLPLab/TransNormerLLM-385M.")],
+    hub: Annotated[str, typer.Option(help="huggingface or modelscope.")] = "huggingface",
+    revision: Annotated[str | None, typer.Option(help="A commit, tag or branch.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder; without it the hub's cache.")] = None,
+) -> None:
+    """Fetch weights, config and tokenizer of a model: no code; an interrupted download goes on."""
+    _call("download", repo, hub, revision, out)
+
+
+@app.command()
+def demo(
+    name: Annotated[str, typer.Option(help="The name that the persona learns.")] = "小明",
+    out: Annotated[Path, typer.Option(help="The run's folder.")] = Path("output/demo"),
+) -> None:
+    """Teach the small base that comes with tnl a persona, on this machine, in a few minutes."""
+    _call("demo", name, out)
+
+
+def _check_recipe(recipe: Path, overrides: list[str] | None) -> None:
+    """Find a recipe's mistakes before torch is imported."""
+    # pydantic and ruamel.yaml: help need not wait for them
+    from tnl.recipe import load
+
+    load(recipe, overrides or [])
+
+
+def _call(command: str, *arguments: Any, **options: Any) -> None:
+    module, _, function = TARGETS[command].partition(":")
+    getattr(importlib.import_module(module), function)(*arguments, **options)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with the code of what happened."""
+    given = sys.argv[1:] if arguments is None else arguments
+    options = given[: given.index("--")] if "--" in given else given
+    debug = "--debug" in options
+    for stream in (sys.stdout, sys.stderr, sys.stdin):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace" if stream is sys.stdin else "backslashreplace")
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        code = app([*(word for word in options if word != "--debug"), *given[len(options) :]], standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # the reader has gone: nothing can be said, and Python's own flush at exit must not complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except BaseException as error:
+        code = report(error, debug)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def report(error: BaseException, debug: bool) -> int:
+    """Print one line on stderr for what went wrong, the traceback with debug; return the exit code."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 0
+    if debug:
+        traceback.print_exception(error)
+    code, line = _explain(error)
+    if line:
+        print(line, file=sys.stderr)
+    return code
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
+    if isinstance(error, TnlError):
+        return error.exit_code, f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "stopped"
+    if type(error).__name__ == "Abort":
+        return 130, "stopped"
+    if hasattr(error, "format_message"):
+        return 2, _usage(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return 7, _line("out of memory", "Use a smaller train.per_device_train_batch_size or data.max_length.")
+    if isinstance(error, OSError) and error.errno in STORAGE:
+        where = f"{error.filename}: " if error.filename else ""
+        return 6, _line(f"{where}{error.strerror}", "Free or choose another place, then repeat.")
+    todo = "Please report it with what the same command prints with --debug."
+    return 70, _line(f"this is our bug ({type(error).__name__}: {str(error)[:300]})", todo)
+
+
+def _line(what: str, todo: str) -> str:
+    return f"error: {one_line(what, todo)}"
+
+
+def _usage(error: Any) -> str:
+    """One line for a mistake in the command itself; click raises these."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return ""
+    message = str(error.format_message()).strip().split("\n")[0]
+    context = getattr(error, "ctx", None)
+    todo = f"See {context.command_path} --help." if context else "See tnl --help."
+    if type(error).__name__ == "NoSuchOption":
+        message = f"no option is called {error.option_name}"
+        near = paths.nearest(error.option_name, list(error.possibilities or []))
+        keys = _recipe_keys(error.option_name.strip("-").replace("-", "_"))
+        if near:
+            todo = f"Did you mean {near}?"
+        elif keys and context and context.info_name in ("train", "check", "evaluate"):
+            todo = f"A recipe's values are replaced by words without dashes: {keys[0]}=VALUE."
+    elif message.startswith("No such command '"):
+        word = message.split("'")[1]
+        near = paths.nearest(word, list(TARGETS))
+        message = f"no command is called {word}"
+        todo = f"Did you mean tnl {near}?" if near else f"There are {', '.join(TARGETS)}."
+    return _line(f"command line: {message[0].lower()}{message[1:]}", todo)
+
+
+def _recipe_keys(name: str) -> list[str]:
+    # pydantic classes: only a mistake pays for them
+    from tnl.sections import SECTIONS
+
+    return [f"{section}.{name}" for section, model in SECTIONS.items() if name in model.model_fields]
+
+
+def _stop(signal_number: int, _frame: object) -> None:
+    raise SystemExit(128 + signal_number)
+
+
+if __name__ == "__main__":
+    main()
