@@ -5,7 +5,7 @@ The published class (early 2024) does not load on transformers 5, so this one is
 
 import json
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import AddedToken
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
@@ -33,8 +33,9 @@ class BaiChuanTokenizer(SentencePieceBackend):
     Loads from a folder that holds tokenizer.model and nothing else. Raises ModelError where that file is missing or broken.
     """
 
-    vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": VOCAB_FILE}
-    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
+    # transformers declares both as instance attributes
+    vocab_files_names = {"vocab_file": VOCAB_FILE}  # noqa: RUF012
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
 
     def __init__(
         self,

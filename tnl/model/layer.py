@@ -1,0 +1,72 @@
+"""One layer: the only place where its arithmetic stands. Training, decoding and streaming call it with their forms of the five ops."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tnl.kernels.dispatch import Ops
+from tnl.kernels.reference import Projection
+
+
+class LayerWeights(NamedTuple):
+    """What a layer is made of; projections and norms are callables, so that an adapter may wrap them."""
+
+    token_norm: Projection
+    qkvu_proj: Projection  # D -> 4E
+    mixer_norm: Projection
+    out_proj: Projection  # E -> D
+    channel_norm: Projection
+    l1: Projection  # D -> glu_dim
+    l2: Projection  # D -> glu_dim
+    l3: Projection  # glu_dim -> D
+    log_decay: Tensor  # [H] float32
+    theta: Tensor | None  # [H, 1, K] where the layer has LRPE
+    activation: str
+
+
+class Rows(NamedTuple):
+    """Where each token stands."""
+
+    positions: Tensor  # [B, T] integer: its index in its sequence
+    segment_start: Tensor | None = None  # [B, T]: index in the row of its sequence's first token, -1: before this call; None: all -1
+    real: Tensor | None = None  # [B, T] bool: False where a token is padding
+    lengths: Tensor | None = None  # [B]: real tokens of a row, where padding follows them and the final state matters
+
+
+def rotary_angles(theta: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of position x theta, [B, T, H, K] in `dtype`: the angle in float64, since float32 is off by 0.06 at a million tokens.
+
+    Apple's MPS has no float64: there the angle is float32.
+    """
+    exact = torch.float32 if theta.device.type == "mps" else torch.float64
+    angle = positions[:, :, None, None].to(exact) * theta[:, 0].to(exact)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def decoder_layer(
+    x: Tensor,  # [B, T, D]
+    state: Tensor | None,  # [B, H, K, V] float32: after the tokens before this call; None: zero
+    weights: LayerWeights,
+    rows: Rows,
+    ops: Ops,
+) -> tuple[Tensor, Tensor]:
+    """h = x + mixer(norm(x)); h + glu(norm(h)) (arXiv:2307.14995, fig. 1). Returns [B, T, D] and the state after the last token."""
+    rotary = None
+    if weights.theta is not None:
+        rotary = rotary_angles(weights.theta, rows.positions, torch.promote_types(x.dtype, torch.float32))
+    qkvu = ops.norm_qkvu(x, weights.token_norm, weights.qkvu_proj)
+    mixed, state = ops.attention_norm_gate(
+        qkvu,
+        norm=weights.mixer_norm,
+        activation=weights.activation,
+        rotary=rotary,
+        log_decay=weights.log_decay,
+        segment_start=rows.segment_start,
+        real=rows.real,
+        lengths=rows.lengths,
+        initial_state=state,
+    )
+    x = ops.out_residual(mixed, weights.out_proj, x)
+    gated = ops.norm_glu(x, weights.channel_norm, weights.l1, weights.l2)
+    return ops.l3_residual(gated, weights.l3, x), state
