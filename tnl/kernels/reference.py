@@ -117,7 +117,7 @@ def chunk_lightning_attention(
         states.append(state)
         state = carried[:, :, n, None, None] * state + added[:, n]
     o = o + (qc * enters[..., None]) @ torch.stack(states, 1)
-    return o.transpose(2, 3).reshape(B, N * C, H, -1)[:, :T].to(q.dtype), state
+    return o.transpose(2, 3).flatten(1, 2)[:, :T].to(q.dtype), state
 
 
 def padded_final_state(
