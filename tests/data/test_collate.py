@@ -1,0 +1,37 @@
+import pytest
+import torch
+
+from tnl.data.collate import collate_padded, collate_rows
+
+RECORDS = [
+    {"id": "a", "input_ids": [5, 6, 0, 2], "labels": [-100, -100, 0, 2]},
+    {"id": "b", "input_ids": [7, 8], "labels": [7, 8]},
+]
+
+
+def test_a_row_restarts_positions_and_never_learns_a_records_first_token() -> None:
+    row = collate_rows(RECORDS)
+    assert row["input_ids"].tolist() == [[5, 6, 0, 2, 7, 8]]
+    assert row["labels"].tolist() == [[-100, -100, 0, 2, -100, 8]]
+    assert row["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1]]
+    assert all(tensor.dtype == torch.int64 for tensor in row.values())
+
+
+def test_a_row_filled_up_to_a_multiple_ends_in_a_segment_of_its_own() -> None:
+    row = collate_rows(RECORDS, multiple=4, pad_id=9)
+    assert row["input_ids"].tolist()[0][6:] == [9, 9]
+    assert row["labels"].tolist()[0][6:] == [-100, -100]
+    assert row["position_ids"].tolist()[0][6:] == [0, 1]
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_padding_masks_by_length_not_by_id(multiple: int) -> None:
+    batch = collate_padded(RECORDS, 0, multiple=multiple)
+    assert batch["input_ids"].shape == (2, 4 if multiple == 1 else 8)
+    assert batch["attention_mask"].sum(1).tolist() == [4, 2]
+    assert batch["labels"][0, :4].tolist() == [-100, -100, 0, 2] and batch["labels"][1, :4].tolist() == [-100, 8, -100, -100]
+
+
+def test_packed_and_padded_supervise_the_same_tokens() -> None:
+    packed, padded = collate_rows(RECORDS)["labels"], collate_padded(RECORDS, 0)["labels"]
+    assert packed[packed != -100].tolist() == padded[padded != -100].tolist()

@@ -1,0 +1,30 @@
+"""Which records share a row: end to end, no padding, at most so many tokens a row."""
+
+from bisect import bisect_left, insort
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def pack(records: Sequence[Mapping[str, Any]], budget: int) -> list[list[Mapping[str, Any]]]:
+    """Rows of at most `budget` tokens by best fit decreasing; a record that is longer has a row of its own.
+
+    All records in one row where they fit. Every record stands in exactly one row; rows and the records in them keep the order given,
+    so the result depends on nothing but the arguments. Raises ValueError for a budget below 1.
+    """
+    if budget < 1:
+        raise ValueError("a row holds at least one token")
+    lengths = [len(record["input_ids"]) for record in records]
+    if sum(lengths) <= budget:
+        return [list(records)] if records else []
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens free, row), sorted
+    for i in sorted(range(len(records)), key=lambda i: (-lengths[i], i)):
+        at = bisect_left(room, (lengths[i], -1))
+        if at == len(room):
+            rows.append([i])
+            insort(room, (max(budget - lengths[i], 0), len(rows) - 1))
+        else:
+            free, row = room.pop(at)
+            rows[row].append(i)
+            insort(room, (free - lengths[i], row))
+    return [[records[i] for i in row] for row in sorted(sorted(row) for row in rows)]
