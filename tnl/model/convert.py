@@ -65,7 +65,7 @@ def from_pretrained(cls: Any, path: str | Path, **kwargs: Any) -> Any:
     )
     model.name_or_path = config.name_or_path = str(path)
     model.eval()
-    return spread(model, device_map) if device.type == "cpu" and device_map not in (None, "cpu", "auto") else model
+    return spread(model, device_map) if spreads(device_map) else model
 
 
 def read_config(folder: Path) -> TransnormerConfig:
@@ -96,29 +96,26 @@ def fill(model: Any, folder: Path, dtype: torch.dtype | None, device: torch.devi
     files = weight_files(folder)
     check_keys(folder, {file: headers(file) for file in files}, expected, optional={HEAD} if tied else set())
     finite: dict[str, Tensor] = {}
+    head = None
     for file in files:
         for name, tensor in tensors(file):
             target = torch.float32 if name.endswith("lrpe.theta") else dtype or tensor.dtype
             value = tensor.to(device, target, copy=True)
             finite[f"{file.name}: {name}"] = value.isfinite().all()
             if name == HEAD and tied:
-                check_tied(folder, model, value)
+                head = value
                 continue
             module, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(module), leaf, nn.Parameter(value))
     if not torch.stack([flag.cpu() for flag in finite.values()]).all():
         bad = [name for name, flag in finite.items() if not flag]
         raise ModelError(folder, f"{len(bad)} tensors are not finite ({'; '.join(bad[:5])})", "Copy the weights anew")
+    # a tied model may bring its head along, as long as it is the embedding
+    if head is not None and not torch.equal(model.get_parameter(EMBEDDING), head):
+        raise ModelError(folder, f"{HEAD} differs from {EMBEDDING}, though the config ties them", "Set tie_word_embeddings: false")
     for layer in model.model.layers:
         layer.token_mixer.reset_decay(device)
     model.tie_weights()
-
-
-def check_tied(folder: Path, model: nn.Module, head: Tensor) -> None:
-    """A tied model may bring its head along, as long as it is the embedding."""
-    embedding = model.get_parameter(EMBEDDING)
-    if not embedding.is_meta and not torch.equal(embedding, head):
-        raise ModelError(folder, f"{HEAD} differs from {EMBEDDING}, though the config ties them", "Set tie_word_embeddings: false")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -239,16 +236,22 @@ def load_pickled(file: Path) -> dict[str, Tensor]:
     return state
 
 
-def pick_device(device_map: Any) -> torch.device:
-    """Where to load to: the one device a device_map names; the CPU first where it spreads the model over several."""
-    if isinstance(device_map, dict) and len(set(device_map.values())) == 1:
-        device_map = next(iter(device_map.values()))
+def spreads(device_map: Any) -> bool:
+    """Whether a device_map asks for more than one device."""
     if device_map == "auto":
-        gpus = torch.cuda.device_count()
-        return torch.device("cuda" if gpus == 1 else "cpu")
-    if device_map is None or isinstance(device_map, dict) or device_map in ("balanced", "balanced_low_0", "sequential"):
+        return torch.cuda.device_count() > 1
+    if isinstance(device_map, dict):
+        return len(set(device_map.values())) > 1
+    return device_map in ("balanced", "balanced_low_0", "sequential")
+
+
+def pick_device(device_map: Any) -> torch.device:
+    """Where to load to: the one device that a device_map names, or the CPU, from where the model is spread."""
+    if device_map is None or spreads(device_map):
         return torch.device("cpu")
-    return torch.device(device_map)
+    if device_map == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(next(iter(device_map.values())) if isinstance(device_map, dict) else device_map)
 
 
 def spread(model: Any, device_map: Any) -> Any:

@@ -1,0 +1,41 @@
+"""The layer's arithmetic stands in one function."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+from tnl.model.layer import rotary_angles
+
+PACKAGE = Path(__file__).parents[2] / "tnl"
+FIVE_OPS = {"norm_qkvu", "attention_norm_gate", "out_residual", "norm_glu", "l3_residual"}
+
+
+def calls(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {
+        node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name)
+    }
+
+
+def test_only_decoder_layer_puts_the_five_ops_together() -> None:
+    callers = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if calls(path) & FIVE_OPS}
+    assert callers == {"model/layer.py"}
+    assert calls(PACKAGE / "model" / "layer.py") >= FIVE_OPS
+
+
+def test_nobody_but_the_kernels_calls_an_attention_form() -> None:
+    forms = {"recurrent_lightning_attention", "parallel_lightning_attention", "chunk_lightning_attention", "padded_final_state"}
+    callers = {path.parent.name for path in PACKAGE.rglob("*.py") if calls(path) & forms}
+    assert callers <= {"kernels"}
+
+
+@pytest.mark.parametrize("position", (0, 300, 1_000_000))
+def test_angles_are_exact_at_a_million_tokens(position: int) -> None:
+    theta = torch.rand(2, 1, 4)
+    cos, sin = rotary_angles(theta, torch.tensor([[position]]), torch.float32)
+    exact = position * theta[:, 0].double()
+    assert torch.allclose(cos[0, 0].double(), exact.cos(), atol=1e-6) and torch.allclose(sin[0, 0].double(), exact.sin(), atol=1e-6)
