@@ -7,12 +7,14 @@ from typing import Any, Literal
 
 from tnl import paths
 from tnl.errors import ModelError, RecipeError, StorageError
-from tnl.storage import storage
+from tnl.storage import require_space, storage
 
 Hub = Literal["huggingface", "modelscope"]
 WANTED = ["*.json", "*.model", "*.safetensors", "pytorch_model*.bin"]
 """Weights (pickled ones are later read as tensors alone), their index, config and tokenizer."""
 UNWANTED = ["*.py", "*.pkl", "*.pt", "*.pth", "training_args.bin", "optimizer.bin", "*/*"]
+DOUBLED = ["*.bin", "*.bin.index.json"]
+"""What is left out where there are safetensors."""
 DEMO = Path(__file__).parent / "demo" / "base"
 
 
@@ -58,7 +60,7 @@ def download(repo: str, *, hub: Hub = "huggingface", revision: str | None = None
     with storage(out or Path.home()):
         folder = fetch(repo, revision, out)
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:5] if folder.is_dir() else []) or "nothing of use"
         raise ModelError(repo, f"has no weights (found {found}; needed *.safetensors or pytorch_model*.bin)", "Is it a model's repository?")
     return folder
 
@@ -71,11 +73,21 @@ def _huggingface(repo: str, revision: str | None, out: Path | None) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
-    options: dict[str, Any] = {"repo_id": repo, "revision": revision, "allow_patterns": WANTED, "ignore_patterns": UNWANTED}
+    ignored = [*UNWANTED, *_preflight(huggingface_hub, repo, revision, out)]
+    options: dict[str, Any] = {"repo_id": repo, "revision": revision, "allow_patterns": WANTED, "ignore_patterns": ignored}
     if out is not None:
         options["local_dir"] = out
     try:
-        return Path(huggingface_hub.snapshot_download(**options))
+        try:
+            return Path(huggingface_hub.snapshot_download(**options))
+        except errors.LocalEntryNotFoundError as error:
+            if type(error).__name__ != "IncompleteSnapshotError":
+                raise
+            # no network, and the cache lacks what was left out on purpose: pickles beside safetensors
+            folder = Path(huggingface_hub.snapshot_download(**{**options, "ignore_patterns": [*UNWANTED, *DOUBLED]}))
+            if not any(folder.glob("*.safetensors")):
+                raise
+            return folder
     except errors.RevisionNotFoundError:
         raise ModelError(repo, f"has no revision {revision} on huggingface", "Leave model.revision out, or name a commit.") from None
     except errors.GatedRepoError:
@@ -88,6 +100,23 @@ def _huggingface(repo: str, revision: str | None, out: Path | None) -> Path:
         if isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno is not None and not _is_network(error)):
             raise
         raise _unreachable(repo, "huggingface", error) from error
+
+
+def _preflight(library: Any, repo: str, revision: str | None, out: Path | None) -> list[str]:
+    """Check that what is still to be fetched has room, and return the patterns of files that are not needed: pickles beside safetensors."""
+    try:
+        info = library.HfApi().model_info(repo, revision=revision, files_metadata=True)
+    except Exception:
+        return []  # no network, or no such repository: the download itself takes the cache or says which
+    names = {file.rfilename: file.size or 0 for file in info.siblings}
+    doubled = DOUBLED if any("/" not in name and name.endswith(".safetensors") for name in names) else []
+    wanted = list(library.utils.filter_repo_objects(names, allow_patterns=WANTED, ignore_patterns=[*UNWANTED, *doubled]))
+    if out is None:
+        absent = [name for name in wanted if not isinstance(library.try_to_load_from_cache(repo, name, revision=info.sha), str)]
+    else:
+        absent = [name for name in wanted if not (out / name).is_file()]
+    require_space(out or Path(library.constants.HF_HUB_CACHE), sum(names[name] for name in absent))
+    return doubled
 
 
 def _modelscope(repo: str, revision: str | None, out: Path | None) -> Path:
