@@ -28,7 +28,8 @@ PICKLED = {
     "sub/model.safetensors": b"another model",
 }
 BOTH = {"config.json": b"{}", "model.safetensors": b"s" * 100, "pytorch_model.bin": b"w" * 100}
-REPOSITORIES = {"owner/pickled": PICKLED, "owner/both": BOTH, "owner/empty": {"README.md": b"nothing here"}}
+LARGE = {"model.safetensors": b"s" * 12_000_000}
+REPOSITORIES = {"owner/large": LARGE, "owner/pickled": PICKLED, "owner/both": BOTH, "owner/empty": {"README.md": b"nothing here"}}
 
 
 class SmallHub(BaseHTTPRequestHandler):
@@ -61,7 +62,7 @@ class SmallHub(BaseHTTPRequestHandler):
         drop = self.server.drop  # type: ignore[attr-defined]
         if self.command == "GET" and name in drop:
             drop.remove(name)
-            return self.reply(200, body[:2000], {**headers, "Content-Length": str(len(body))})
+            return self.reply(200, body[:11_000_000], {**headers, "Content-Length": str(len(body))})
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
@@ -112,13 +113,12 @@ def test_download_fetches_weights_and_no_code(small_hub: ThreadingHTTPServer, tm
 
 
 def test_a_dropped_connection_goes_on_where_it_stopped(small_hub: ThreadingHTTPServer, tmp_path: Path) -> None:
-    name = "pytorch_model-00001-of-00001.bin"
-    small_hub.drop.append(name)  # type: ignore[attr-defined]
-    done = tnl_download(["owner/pickled", "--out", str(tmp_path / "model")], tmp_path, small_hub.server_port)
+    small_hub.drop.append("model.safetensors")  # type: ignore[attr-defined]
+    done = tnl_download(["owner/large", "--out", str(tmp_path / "model")], tmp_path, small_hub.server_port)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "model" / name).read_bytes() == PICKLED[name]
-    ranges = [asked for method, path, asked in small_hub.log if method == "GET" and path.endswith(name)]  # type: ignore[attr-defined]
-    assert ranges == [None, "bytes=2000-"]
+    assert (tmp_path / "model/model.safetensors").read_bytes() == LARGE["model.safetensors"]
+    ranges = [asked for method, path, asked in small_hub.log if method == "GET" and "/resolve/" in path]  # type: ignore[attr-defined]
+    assert ranges == [None, "bytes=10485760-"]  # the library writes pieces of 10 MiB
 
 
 def test_pickles_beside_safetensors_stay_there_and_the_cache_works_offline(small_hub: ThreadingHTTPServer, tmp_path: Path) -> None:
