@@ -27,7 +27,6 @@ from torch import Tensor
 import tnl.model  # noqa: F401  registers the classes
 from tnl.kernels.linear_cross_entropy import linear_cross_entropy
 from tnl.model.configuration_transnormer import TransnormerConfig
-
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.model.state import TransnormerCache
 from tnl.model.tokenization_baichuan import BaiChuanTokenizer
