@@ -1,0 +1,3 @@
+from tnl.cli import main
+
+main()
