@@ -123,13 +123,15 @@ class TrainSection(TrainingFields):
     """Whether the adapter of the run is that of the lowest held-out loss, or that of the last step."""
     metric_for_best_model: str | None = "eval_loss"
     """What the best checkpoint has the lowest of."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """Measurements without a new best after which training stops; null never stops early."""
     optim: Optimizer = "adamw_torch"
     """The optimizer."""
     seed: int = Field(42, ge=0, lt=2**32)
     """Where all randomness starts: the order of records, dropout, the first adapter weights, sample answers."""
 
     def arguments(self) -> dict[str, Any]:
-        """Return what is handed to transformers.TrainingArguments: our defaults and all that the recipe gives."""
+        """Return our defaults and all that the recipe gives; all but early_stopping_patience are TrainingArguments' own."""
         return given(self)
 
 
