@@ -1,5 +1,6 @@
 """Words for what is wrong with a key of a recipe: what was found, what is needed, which name was probably meant."""
 
+import math
 import re
 import types
 import typing
@@ -85,7 +86,7 @@ def invalid(section: str, problem: Any, values: dict[str, Any]) -> Complaint:
     if problem["type"] == "missing":
         return Complaint((section, name), "is missing", f"{_help(section, name)}")
     value = values[name]
-    if problem["type"] == "finite_number":
+    if isinstance(value, float) and not math.isfinite(value):
         what = f"not a finite number (found {found(value)})"
     elif problem["type"] in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
         what = f"out of range (found {found(value, name)}; needed {_range(info.metadata)})"

@@ -61,6 +61,7 @@ SYNONYMS = {
     "default_system": "data.system",
     "prompt_template": "data.template",
     "chat_template": "data.template",
+    "name_or_path": "model.path",
     "model_name_or_path": "model.path",
     "base_model": "model.path",
     "model_id": "model.path",

@@ -3,7 +3,6 @@
 Every mistake is one RecipeError that names the line and column, the key, what was found and what is needed.
 """
 
-import codecs
 import io
 import re
 from collections.abc import Sequence
@@ -169,8 +168,9 @@ def _section(name: str, values: dict[str, Any] | None, text: yaml_text.Text) -> 
     try:
         return SECTIONS[name].model_validate(values)
     except ValidationError as error:
-        order = list(values)
-        problems = sorted(error.errors(), key=lambda problem: order.index(problem["loc"][0]) if problem["loc"][0] in order else -1)
+        # a missing key first, then as the file goes; of one key's alternatives the one that got farthest
+        places = {key: place for place, key in enumerate(values)}
+        problems = sorted(error.errors(), key=lambda problem: (places.get(str(problem["loc"][0]), -1), -len(problem["loc"])))
         raise complaints.invalid(name, problems[0], values).at(text) from None
 
 
@@ -258,7 +258,7 @@ def _check(recipe: Recipe) -> None:
     if data.persona is not None and data.format not in ("auto", "transcript"):
         raise complaints.Complaint(("data", "persona"), f"is for transcripts (found data.format: {data.format})", "Remove one of them.")
     try:
-        codecs.lookup(data.encoding or "utf-8").decode(b"")
+        " ".encode(data.encoding or "utf-8")
     except (LookupError, ValueError):
         what = f"no such encoding (found {complaints.found(data.encoding)}; needed, for example, utf-8, gb18030, utf-16)"
         raise complaints.Complaint(("data", "encoding"), what) from None
