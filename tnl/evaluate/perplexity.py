@@ -1,0 +1,126 @@
+"""The loss of a model on records, by rows: no logits of a whole sequence ever exist, so evaluating takes less memory than training."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tnl.data.collate import collate_rows
+from tnl.data.packing import pack
+from tnl.errors import DataError, NumbersError
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Mean negative log-likelihood, in nats, of the supervised tokens of some records."""
+
+    loss: float
+    tokens: int
+    """Supervised tokens, the ones the mean is over."""
+    records: int
+
+    @property
+    def value(self) -> float:
+        """exp(loss); infinite where a float cannot hold it."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """The TransnormerForCausalLM inside a PeftModel, or the model itself; adapters stand inside its modules."""
+    unwrap = getattr(model, "get_base_model", None)
+    return model if unwrap is None else unwrap()
+
+
+def supervised_positions(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Which positions of a batch, counted over its flattened [B, T], predict a supervised token, and that token.
+
+    Position t predicts label t + 1, but never the first token of the next sequence in its row.
+    """
+    labels, positions = batch["labels"], batch.get("position_ids")
+    wanted = labels[:, 1:] != IGNORED
+    if positions is not None:
+        wanted = wanted & (positions[:, 1:] == positions[:, :-1] + 1)
+    row, column = wanted.nonzero(as_tuple=True)
+    return row * labels.shape[1] + column, labels[:, 1:][wanted]
+
+
+def count_supervised(record: dict[str, Any]) -> int:
+    """Tokens of a record that are predicted and learned: labels but the first, which nothing precedes."""
+    return sum(label != IGNORED for label in record["labels"][1:])
+
+
+def hidden_states(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> Tensor:
+    """The final hidden states of a batch, flattened to [B T, D]; the head is left to the caller."""
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    return causal_lm(model).model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+
+
+def loss(
+    model: nn.Module,
+    records: Sequence[dict[str, Any]],
+    row_budget: int = 4096,
+    *,
+    chunk: int = 1024,
+    after_row: Callable[[], None] | None = None,
+) -> Perplexity:
+    """Measure `model` on `records` ({"id", "input_ids", "labels"}), in rows of at most `row_budget` tokens (a longer record has one alone).
+
+    chunk: positions whose logits exist at once. after_row is called after every row and may raise to stop.
+    Draws no random numbers and leaves the model's mode as it was. Raises DataError where nothing is supervised, NumbersError
+    naming the record whose loss is not finite.
+    """
+    device = next(model.parameters()).device
+    total, tokens = 0.0, 0
+    with evaluating(model), torch.inference_mode():
+        for row in pack(records, row_budget):
+            losses = token_losses(model, row, device, chunk).tolist()
+            sums = list(per_record(row, losses))
+            for record, value in zip(row, sums):
+                if not math.isfinite(value):
+                    raise NumbersError(
+                        record["id"], f"the loss of this record is {value}", "Look at the record and at the base model's weights."
+                    )
+            total, tokens = total + math.fsum(sums), tokens + len(losses)
+            if after_row is not None:
+                after_row()
+    if not tokens:
+        raise DataError("", f"none of the {len(records)} records has a supervised token", "Give records with an answer.")
+    return Perplexity(total / tokens, tokens, len(records))
+
+
+def token_losses(model: nn.Module, row: Sequence[dict[str, Any]], device: torch.device, chunk: int = 1024) -> Tensor:
+    """Loss of every supervised token of a row, [M] float32, in order."""
+    batch = collate_rows(row)
+    index, targets = supervised_positions(batch)
+    hidden = hidden_states(model, batch, device)[index.to(device)]
+    head = causal_lm(model).get_output_embeddings()
+    pieces = zip(hidden.split(chunk), targets.to(device).split(chunk))
+    losses = [F.cross_entropy(head(x).float(), t, reduction="none") for x, t in pieces]
+    return torch.cat(losses) if losses else torch.zeros(0, device=device)
+
+
+def per_record(row: Sequence[dict[str, Any]], losses: Sequence[float]) -> Iterator[float]:
+    """Sum of each record's token losses."""
+    at = 0
+    for record in row:
+        count = count_supervised(record)
+        yield math.fsum(losses[at : at + count]) if all(map(math.isfinite, losses[at : at + count])) else math.nan
+        at += count
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off inside, the mode as it was afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

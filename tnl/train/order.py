@@ -1,0 +1,60 @@
+"""Which records each optimizer step takes: a function of the seed and the epoch alone, so that a resumed run goes on where it was."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from tnl.train.step import seed_of
+
+
+class StepSampler(Sampler[list[int]]):
+    """Batches of record indices, one a step. Draws from no global generator.
+
+    strategy: random, sequential or group_by_length (records of like length together, which spares padding).
+    """
+
+    def __init__(self, lengths: Sequence[int], size: int, seed: int, strategy: str = "random", drop_last: bool = False) -> None:
+        self.lengths, self.size, self.seed, self.strategy, self.drop_last = list(lengths), size, seed, strategy, drop_last
+        self.epoch = 0
+
+    @property
+    def batch_sampler(self) -> "StepSampler":
+        """Where Trainer looks for set_epoch, in a loader that skips batches and in one that does not."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def order(self) -> list[int]:
+        """All record indices in this epoch's order."""
+        if self.strategy == "sequential":
+            return list(range(len(self.lengths)))
+        generator = torch.Generator().manual_seed(seed_of(self.seed, f"order {self.epoch}"))
+        if self.strategy == "group_by_length":
+            return get_length_grouped_indices(self.lengths, self.size, generator=generator)
+        return torch.randperm(len(self.lengths), generator=generator).tolist()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self.order()
+        for i in range(0, len(self) * self.size, self.size):
+            yield order[i : i + self.size]
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.lengths), self.size)
+        return full + bool(rest and not self.drop_last)
+
+
+class Batch:
+    """The records of one optimizer step; a class of its own, so that nobody takes it for tensors to move."""
+
+    def __init__(self, records: list[dict[str, Any]]) -> None:
+        self.records = records
+        self.tokens = sum(len(record["input_ids"]) for record in records)
+
+    @property
+    def ids(self) -> list[str]:
+        """The records' names, in order."""
+        return [str(record["id"]) for record in self.records]

@@ -1,0 +1,202 @@
+"""One optimizer step: records in, gradients out. Order, schedule, logging and saving are Trainer's.
+
+The loss is the mean over all supervised tokens of the step, however its records are laid out: 8 batches of 1, 1 batch of 8, packed
+or padded give the same gradients within float error, and so does a last step of fewer records.
+"""
+
+import gc
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tnl.data.collate import collate_padded, collate_rows
+from tnl.data.packing import pack
+from tnl.errors import DataError, MemoryBudgetError
+from tnl.evaluate.perplexity import causal_lm, count_supervised, hidden_states, supervised_positions
+from tnl.kernels.linear_cross_entropy import linear_cross_entropy
+
+SMALLEST_BUDGET = 64
+
+
+@dataclass
+class Rows:
+    """How the records of a step become rows, and how these shrink when memory runs out."""
+
+    budget: int
+    """Tokens a packed row may have; a longer record has a row of its own."""
+    padded: int | None = None
+    """None: packed end to end. Else records that are padded to one length and computed at once."""
+    pad_id: int = 0
+    chunk: int = 1024
+    """Positions whose logits exist at once."""
+    label_smoothing: float = 0.0
+    say: Callable[[str], None] = print
+
+    def batches(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Tensor]]:
+        """The rows as tensors on the CPU."""
+        if self.padded is None:
+            return [collate_rows(row) for row in pack(records, self.budget)]
+        ordered = [records[i : i + self.padded] for i in range(0, len(records), self.padded)]
+        return [collate_padded(part, self.pad_id) for part in ordered]
+
+    def shrink(self, model: nn.Module, records: Sequence[dict[str, Any]]) -> bool:
+        """Make the next attempt smaller, the same gradients: half the row, then checkpointing. False where nothing is left to try."""
+        longest = max(len(record["input_ids"]) for record in records)
+        if self.padded is not None and self.padded > 1:
+            self.padded //= 2
+            self.say(f"out of memory: from now on {self.padded} padded records at once; the loss and its gradients stay the same")
+        elif self.padded is None and len(records) > 1 and self.budget > max(longest, SMALLEST_BUDGET):
+            self.budget = max(min(self.budget, sum(len(record["input_ids"]) for record in records)) // 2, SMALLEST_BUDGET)
+            self.say(f"out of memory: from now on rows of at most {self.budget} tokens; the loss and its gradients stay the same")
+        elif not checkpoints(model):
+            enable_checkpointing(model)
+            self.say("out of memory: from now on with train.gradient_checkpointing, a third slower; the gradients stay the same")
+        elif self.chunk > SMALLEST_BUDGET:
+            self.chunk //= 4
+            self.say(f"out of memory: from now on logits of {self.chunk} tokens at once")
+        else:
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step computed; the gradients stand in the parameters."""
+
+    loss: Tensor
+    """Mean over the step's supervised tokens: a float32 scalar on the model's device, not yet read."""
+    tokens: int
+    """Real tokens; padding does not count."""
+    supervised: int
+    rows: int
+
+
+def step(model: nn.Module, records: Sequence[dict[str, Any]], rows: Rows, seed: int | None = None) -> StepResult:
+    """Add the gradients of one optimizer step to the parameters, which had none.
+
+    seed: where the step's random numbers (dropout) start, so that a repeated step repeats them. Reads nothing from the device.
+    Raises DataError where no token is supervised, MemoryBudgetError where even the smallest rows do not fit.
+    """
+    supervised = sum(map(count_supervised, records))
+    if not supervised:
+        raise DataError(names(records), "no token of these records is supervised", "Give records with an answer.")
+    while True:
+        if seed is not None:
+            seed_all(seed)
+        try:
+            total, count = forward_backward(model, rows, records, supervised)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # outside the handler, so that its traceback no longer holds the activations
+        model.zero_grad(set_to_none=True)
+        release_memory()
+        if not rows.shrink(model, records):
+            raise MemoryBudgetError("", *too_large(records))
+    return StepResult(total, sum(len(record["input_ids"]) for record in records), supervised, count)
+
+
+def forward_backward(model: nn.Module, rows: Rows, records: Sequence[dict[str, Any]], supervised: int) -> tuple[Tensor, int]:
+    """Row by row: each row's graph is gone before the next begins. Returns the step's loss and how many rows there were."""
+    device = next(model.parameters()).device
+    total = torch.zeros((), device=device)
+    batches = rows.batches(records)
+    for batch in batches:
+        index, targets = supervised_positions(batch)
+        if not len(targets):
+            continue
+        hidden = hidden_states(model, batch, device)[index.to(device)]
+        loss = head_loss(causal_lm(model).get_output_embeddings(), hidden, targets.to(device), rows) / supervised
+        loss.backward()
+        total += loss.detach().float()
+    return total, len(batches)
+
+
+def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, rows: Rows) -> Tensor:
+    """Sum of the cross entropies of hidden [M, D] against targets [M], chunk by chunk.
+
+    A plain head goes through the kernel; one that an adapter wraps, or a smoothed loss, through the module itself.
+    """
+    if type(head) is nn.Linear and head.bias is None and not rows.label_smoothing:
+        return linear_cross_entropy(hidden, head.weight, targets, rows.chunk)
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for x, t in zip(hidden.split(rows.chunk), targets.split(rows.chunk)):
+        total = total + checkpoint(module_loss, head, x, t, rows.label_smoothing, use_reentrant=False)  # type: ignore[operator]
+    return total
+
+
+def module_loss(head: nn.Module, x: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """Sum of the cross entropies of head(x) [M, vocabulary] against targets [M], in float32."""
+    return F.cross_entropy(head(x).float(), targets, reduction="sum", label_smoothing=smoothing)
+
+
+def gradient_norms(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """[P] float32: the norm of each parameter's gradient, 0 where there is none; nothing is read from the device."""
+    parameters = list(parameters)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    found = iter(torch._foreach_norm(grads) if grads else ())
+    zero = torch.zeros((), device=parameters[0].device)
+    return torch.stack([next(found).float() if p.grad is not None else zero for p in parameters])
+
+
+def checkpoints(model: nn.Module) -> bool:
+    """Whether layers are recomputed in the backward pass."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def enable_checkpointing(model: nn.Module) -> None:
+    """Recompute every layer in the backward pass; adapters get their gradients although the embedding is frozen."""
+    base = causal_lm(model)
+    # the name since transformers 5.20; the old one warns there
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def seed_of(seed: int, position: int | str) -> int:
+    """A 32-bit seed for one step of a run: randomness is a function of the recipe's seed and the step, so a resumed run repeats it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{position}".encode()).digest()[:4], "big")
+
+
+def seed_all(seed: int) -> None:
+    """Set every generator that a collator, a dropout or NEFTune may draw from."""
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)  # every GPU's as well
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; the CPU's allocator has no error class of its own."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ("can't allocate memory", "out of memory"))
+
+
+def release_memory() -> None:
+    """Give back what a failed attempt held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def too_large(records: Sequence[dict[str, Any]]) -> tuple[str, str]:
+    """What is wrong, and the line that would fit, where one record alone is too much."""
+    longest = max(records, key=lambda record: len(record["input_ids"]))
+    length = len(longest["input_ids"])
+    fits = max(length * 2 // 3 // 8 * 8, 8)
+    what = f"out of memory with gradient checkpointing and one record at once ({longest['id']} has {length} tokens)"
+    return what, f"This would fit: data.max_length={fits} (or a smaller lora.r)."
+
+
+def names(records: Sequence[dict[str, Any]], limit: int = 8) -> str:
+    """The records' ids, shortened."""
+    ids = [str(record["id"]) for record in records]
+    return ", ".join(ids[:limit]) + (f" and {len(ids) - limit} more" if len(ids) > limit else "")
