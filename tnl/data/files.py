@@ -147,11 +147,11 @@ def check_encoding(path: Path, encoding: str | None) -> None:
         looks = f"starts with the byte-order mark of {bom}" if bom else "looks like UTF-16 or a binary file: byte 0 occurs"
         name = (bom or "UTF-16").lower()
         raise DataError(path, f"is not UTF-8 ({looks})", f"Set data.encoding: {name}, or convert it: iconv -f {name} -t utf-8.")
+    if not wide and not codec.startswith("utf-8") and not is_ascii(path) and first_bad_byte(path, "utf-8") is None:
+        raise DataError(path, f"is valid UTF-8, though data.encoding says {encoding}", "Remove data.encoding, or convert the other files.")
     bad = first_bad_byte(path, codec)
     if bad is not None:
         raise DataError(path, *not_in(path, encoding, bad))
-    if not wide and not codec.startswith("utf-8") and not is_ascii(path) and first_bad_byte(path, "utf-8") is None:
-        raise DataError(path, f"is valid UTF-8, though data.encoding says {encoding}", "Remove data.encoding, or convert the other files.")
 
 
 def first_bad_byte(path: Path, codec: str) -> tuple[int, int, int] | None:
@@ -164,9 +164,9 @@ def first_bad_byte(path: Path, codec: str) -> tuple[int, int, int] | None:
             held = decoder.getstate()[0]
             try:
                 text = decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
+            except UnicodeError as error:  # UTF-16 without its byte-order mark gives no place
                 data = held + chunk
-                at = min(error.start, max(len(data) - 1, 0))
+                at = min(getattr(error, "start", 0), max(len(data) - 1, 0))
                 return offset - len(held) + at, data[at] if data else 0, line + data[:at].count(b"\n")
             if not chunk:
                 return None

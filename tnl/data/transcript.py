@@ -26,8 +26,8 @@ DATE = r"(?:\d{4}[-/.年]\d{1,2}[-/.月]\d{1,2}日?|\d{1,2}[-/.]\d{1,2}[-/.]\d{2
 CLOCK = r"(?:[上下]午|凌晨|早上|中午|晚上)?\s?\d{1,2}:\d{2}(?::\d{2})?(?:[\s\u202f][AaPp]\.?[Mm]\.?)?"
 WHEN = rf"[\[(【]?(?P<date>{DATE})?(?:,|T|\s)*(?:星期.|周.)?\s*(?P<clock>{CLOCK})[\])】]?"
 INLINE = re.compile(rf"{WHEN}\s*(?:-\s+)?(?P<name>[^:：]{{1,40}}?)\s*[:：]\s*(?P<text>.*)")
-TIME_FIRST = re.compile(rf"{WHEN}\s+(?P<name>\S.{{0,39}})(?P<text>)")
-NAME_FIRST = re.compile(rf"(?P<name>\S.{{0,39}}?)(?:,|\s|—)+{WHEN}(?P<text>)")
+TIME_FIRST = re.compile(rf"{WHEN}\s+(?P<name>[^\s:：][^:：]{{0,39}})(?P<text>)")
+NAME_FIRST = re.compile(rf"(?P<name>[^\s:：][^:：]{{0,39}}?)(?:,|\s|—)+{WHEN}(?P<text>)")
 STAMPED = re.compile(rf"{WHEN}(?:\s|$)")
 
 SPOKEN = re.compile(r"(?P<name>[^:：]{1,30})[:：](?!//)\s*(?P<text>.*)")
