@@ -184,14 +184,15 @@ def main(arguments: list[str] | None = None) -> None:
             stream.reconfigure(encoding="utf-8", errors="replace" if stream is sys.stdin else "backslashreplace")
     signal.signal(signal.SIGTERM, _stop)
     try:
-        code = app([*(word for word in options if word != "--debug"), *given[len(options) :]], standalone_mode=False)
+        code = app([*(word for word in options if word != "--debug"), *given[len(options) :]], prog_name="tnl", standalone_mode=False)
         sys.stdout.flush()
-    except BrokenPipeError:
-        # the reader has gone: nothing can be said, and Python's own flush at exit must not complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
     except BaseException as error:
-        code = report(error, debug)
+        if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):  # typer makes exit 1 of it
+            # the reader has gone: nothing can be said, and Python's own flush at exit must not complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # type: ignore[union-attr]
+            code = 141
+        else:
+            code = report(error, debug)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -210,10 +211,8 @@ def report(error: BaseException, debug: bool) -> int:
 def _explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, TnlError):
         return error.exit_code, f"error: {error}"
-    if isinstance(error, KeyboardInterrupt):
-        return 130, "stopped"
-    if type(error).__name__ == "Abort":
-        return 130, "stopped"
+    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
+        return 130, ""
     if hasattr(error, "format_message"):
         return 2, _usage(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
