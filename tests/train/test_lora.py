@@ -101,7 +101,7 @@ def test_fields_reach_peft() -> None:
     assert config.use_dora and config.use_rslora and config.lora_alpha == 4 and config.modules_to_save == ["lm_head"]
     assert any("lora_magnitude_vector" in name for name, _ in lora.trainable(model))
     assert "lm_head" in {row.name for row in lora.table(model)}
-    with pytest.raises(ModelError, match="lora.modules_to_save"):
+    with pytest.raises(ModelError, match=r"lora\.modules_to_save"):
         attach(modules_to_save=["lm_haed"])
 
 

@@ -182,7 +182,7 @@ def test_then_checkpoints_then_gives_up_with_the_line_that_fits(monkeypatch: pyt
     steps.step(model, records, Rows(10_000, say=lines.append), seed=1)
     assert "gradient_checkpointing" in lines[-1]
     monkeypatch.setattr(steps, "hidden_states", Meagre(30, 60))
-    with pytest.raises(MemoryBudgetError, match="data.max_length=40") as caught:
+    with pytest.raises(MemoryBudgetError, match=r"data\.max_length=40") as caught:
         steps.step(model, records, Rows(10_000, say=lines.append), seed=1)
     assert caught.value.exit_code == 7 and "r:1 has 70 tokens" in str(caught.value)
 

@@ -1,7 +1,7 @@
 """The loss of a model on records, by rows: no logits of a whole sequence ever exist, so evaluating takes less memory than training."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +51,7 @@ def supervised_positions(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return row * labels.shape[1] + column, labels[:, 1:][wanted]
 
 
-def count_supervised(record: dict[str, Any]) -> int:
+def count_supervised(record: Mapping[str, Any]) -> int:
     """Tokens of a record that are predicted and learned: labels but the first, which nothing precedes."""
     return sum(label != IGNORED for label in record["labels"][1:])
 
@@ -64,7 +64,7 @@ def hidden_states(model: nn.Module, batch: dict[str, Tensor], device: torch.devi
 
 def loss(
     model: nn.Module,
-    records: Sequence[dict[str, Any]],
+    records: Sequence[Mapping[str, Any]],
     row_budget: int = 4096,
     *,
     chunk: int = 1024,
@@ -95,7 +95,7 @@ def loss(
     return Perplexity(total / tokens, tokens, len(records))
 
 
-def token_losses(model: nn.Module, row: Sequence[dict[str, Any]], device: torch.device, chunk: int = 1024) -> Tensor:
+def token_losses(model: nn.Module, row: Sequence[Mapping[str, Any]], device: torch.device, chunk: int = 1024) -> Tensor:
     """Loss of every supervised token of a row, [M] float32, in order."""
     batch = collate_rows(row)
     index, targets = supervised_positions(batch)
@@ -106,7 +106,7 @@ def token_losses(model: nn.Module, row: Sequence[dict[str, Any]], device: torch.
     return torch.cat(losses) if losses else torch.zeros(0, device=device)
 
 
-def per_record(row: Sequence[dict[str, Any]], losses: Sequence[float]) -> Iterator[float]:
+def per_record(row: Sequence[Mapping[str, Any]], losses: Sequence[float]) -> Iterator[float]:
     """Sum of each record's token losses."""
     at = 0
     for record in row:

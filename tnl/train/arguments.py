@@ -17,7 +17,7 @@ from tnl.fields import TrainingFields
 from tnl.sections import TrainSection
 
 REFUSED = {
-    "fp16": "float16 overflows in this model (its values go beyond 65,504) and adapters would lose their gradients. Take bf16: true, or leave it out",
+    "fp16": "float16 overflows in this model's states and gives NaN. Take bf16: true, or leave it out",
     "fp16_full_eval": "float16 overflows in this model. Leave it out",
     "bf16_full_eval": "evaluation uses the numbers of training. Set model.dtype instead",
     "torch_compile": "a step is not run through the compiled module. Leave it out",
@@ -85,7 +85,7 @@ def build(section: TrainSection, where: str, run: Path, device: torch.device, me
     settings = Settings(
         records_per_step=records,
         save_total_limit=section.save_total_limit,
-        keep_best=bool(section.load_best_model_at_end and measured),
+        keep_best=bool(section.load_best_model_at_end and measured and "no" not in (section.save_strategy, section.eval_strategy)),
         early_stopping_patience=patience if measured else None,
         plain=bool(given.get("disable_tqdm")),
     )
@@ -127,11 +127,10 @@ def check(given: dict[str, Any], where: str, measured: bool) -> None:
         raise RecipeError(f"{where}:train.train_sampling_strategy", "batch_rebalance balances several GPUs", "Take random.")
     if given["lr_scheduler_type"] in ("reduce_lr_on_plateau", "greedy") and not measured:
         raise RecipeError(f"{where}:train.lr_scheduler_type", f"{given['lr_scheduler_type']} needs held-out records", "Set data.eval.")
-    if measured and given.get("load_best_model_at_end") and given.get("eval_strategy") == "no":
-        if "load_best_model_at_end" in given and given.get("save_strategy") == "best":
-            raise RecipeError(
-                f"{where}:train.save_strategy", "best needs measurements (eval_strategy is no)", "Set eval_strategy to steps."
-            )
+    if given.get("save_strategy") == "best" and (not measured or given.get("eval_strategy") == "no"):
+        raise RecipeError(
+            f"{where}:train.save_strategy", "best needs held-out records that are measured", "Set data.eval and eval_strategy."
+        )
     metric = given.get("metric_for_best_model") or "eval_loss"
     if metric.removeprefix("eval_") not in ("loss", "perplexity"):
         raise RecipeError(

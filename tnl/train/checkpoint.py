@@ -60,7 +60,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """Put the weights of a (verified) folder into the model. Raises ModelError where names or shapes are not exactly the model's."""
     adapted = isinstance(model, PeftModel)
     path = folder / (ADAPTER_WEIGHTS if adapted else FULL_WEIGHTS)
-    if adapted:
+    if isinstance(model, PeftModel):
         compare_configs(model, folder / ADAPTER_CONFIG)
     try:
         loaded = load_file(path)

@@ -59,7 +59,7 @@ class Adaptable:
 
 def adaptable(model: nn.Module) -> Adaptable:
     """Find every linear layer and embedding of a model that has no adapter yet."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "lm_head", None)
     modules = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Embedding)}
     return Adaptable(modules, next((name for name, module in modules.items() if module is head), None))
 

@@ -1,7 +1,6 @@
 """transformers.Trainer with our step and our checkpoints."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,21 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, TrainerState
 
-from tnl.errors import MemoryBudgetError, NumbersError, RecipeError
+from tnl.errors import MemoryBudgetError, RecipeError
 from tnl.evaluate import perplexity
 from tnl.run_dir import RunDir, check_checkpoint, rotate
 from tnl.storage import require_space, staged
 from tnl.train import checkpoint
 from tnl.train.arguments import Settings
-from tnl.train.lora import adapter_matrices, trainable
+from tnl.train.guard import Guard
 from tnl.train.order import Batch, StepSampler
-from tnl.train.step import Rows, StepResult, gradient_norms, is_out_of_memory, names, release_memory, seed_all, seed_of, step
+from tnl.train.step import SMALLEST_BUDGET, Rows, is_out_of_memory, release_memory, seed_all, seed_of, step
 
-STEPS_TO_GRADIENTS = 4
-"""By then every adapter matrix must have had a gradient: B at step 1, A as soon as B has moved (step 3 where the warm-up starts at 0)."""
+Record = dict[str, Any]
 
 
 class Interrupted(Exception):
@@ -34,19 +32,20 @@ class Interrupted(Exception):
 class TnlTrainer(Trainer):
     """Trainer's order, schedule, logging, evaluation and callbacks around one optimizer step of ours. What is overridden, and why:
 
-    - get_train_dataloader: the order is a function of seed and epoch (order.py); batches are plain records, one batch a step.
+    - get_train_dataloader: the order is a function of seed and epoch (order.py); a batch is the plain records of one optimizer step.
     - get_batch_samples: randomness is seeded by seed and step before the step's records are fetched, so a resumed run repeats it;
-      _save_rng_state, _load_rng_state have nothing left to do.
-    - training_step: step.py. One flag is read, before the optimizer's update: loss, gradients and optimizer state are finite.
+      _save_rng_state and _load_rng_state have nothing left to do.
+    - training_step: step.py, then guard.py: one flag is read, before the optimizer's update (loss, gradients, optimizer state finite).
     - _clip_grad_norm, _get_grad_norm: from the norms of that check.
-    - evaluate: perplexity.py, no logits kept; _evaluate, _determine_best_metric: a signal may end a measurement, a new best is saved.
-    - _save_checkpoint: staged, sealed, synced, renamed; own rotation, which deletes what is sealed by us alone.
-    - _load_from_checkpoint, _load_optimizer_and_scheduler: exact key sets, every file there, or the run does not start.
-    - _init_training_state: the best checkpoint is found beside the others, wherever the run's folder has been moved.
-    - _run_epoch: a run that has all its steps trains no more (Trainer would go on to the end of the epoch).
-    - _maybe_log_save_evaluate: after a signal only the checkpoint is written; what is due otherwise is done on resuming.
-    - create_optimizer, create_scheduler: what cannot be made is a recipe error. log: real tokens and their speed.
-    - floating_point_ops, _track_num_input_tokens: counted from the records.
+    - evaluate: perplexity.py, no logits kept; _evaluate: a signal may end a measurement; _determine_best_metric: a new best is saved
+      at once, and patience is counted.
+    - _save_checkpoint: staged, sealed, synced, renamed; own rotation, which deletes nothing but what we sealed.
+    - _load_from_checkpoint, _load_optimizer_and_scheduler: exact key sets and every file, or the run does not start.
+    - _init_training_state: the best checkpoint is looked for beside the others, wherever the run's folder has been moved to.
+    - _run_epoch: a run that has had all its steps trains no more (Trainer would go on to the end of the epoch).
+    - _maybe_log_save_evaluate: after a signal only the checkpoint is written; a measurement that was due is made on resuming.
+    - create_optimizer, create_scheduler: what cannot be made is a recipe error.
+    - log: real tokens and their speed; floating_point_ops, _track_num_input_tokens: counted from the records.
     """
 
     def __init__(
@@ -55,27 +54,25 @@ class TnlTrainer(Trainer):
         args: TrainingArguments,
         settings: Settings,
         rows: Rows,
-        train_records: Sequence[dict[str, Any]],
-        eval_records: Sequence[dict[str, Any]],
-        callbacks: Sequence[Any] = (),
+        train_records: Sequence[Record],
+        eval_records: Sequence[Record],
+        callbacks: Sequence[TrainerCallback] = (),
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         args.label_names = ["labels"]
+        self.net, self.train_records, self.eval_records = model, list(train_records), list(eval_records)
         super().__init__(
-            model=model, args=args, train_dataset=list(train_records), eval_dataset=list(eval_records) or None, callbacks=[*callbacks]
+            model=model,
+            args=args,
+            train_dataset=self.train_records,  # type: ignore[arg-type]
+            eval_dataset=self.eval_records or None,  # type: ignore[arg-type]
+            callbacks=[TakeUp(self), *callbacks],
         )
         self.remove_callback(PrinterCallback)
         self.settings, self.rows, self.stop_requested = settings, rows, stop_requested
-        self.run = RunDir(Path(args.output_dir))
-        self.parameters = trainable(model)
-        matrices = set(adapter_matrices(model))
-        self.is_matrix = torch.tensor([name in matrices for name, _ in self.parameters], device=self.parameters[0][1].device)
-        self.had_gradient = torch.zeros_like(self.is_matrix)
-        self.norms: Tensor | None = None
-        self.steps_here = 0
+        self.run = RunDir(Path(str(args.output_dir)))
+        self.guard = Guard(model)
         self.supervised = 0
-        self.consumed: Batch | None = None
-        """The records of the latest step, for callbacks."""
         self.pending_evaluation = False
         self.saved_step: int | None = None
         self.resumed: dict[str, Any] = {}
@@ -84,15 +81,15 @@ class TnlTrainer(Trainer):
     # ---- data -----------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        records, args = self.train_dataset, self.args
+        args, size = self.args, self.settings.records_per_step
         seed = args.seed if args.data_seed is None else args.data_seed
-        lengths = [len(record["input_ids"]) for record in records]
-        sampler = StepSampler(lengths, self.settings.records_per_step, seed, args.train_sampling_strategy, args.dataloader_drop_last)
+        lengths = [len(record["input_ids"]) for record in self.train_records]
+        sampler = StepSampler(lengths, size, seed, args.train_sampling_strategy, args.dataloader_drop_last)
         if not len(sampler):
-            what = f"dataloader_drop_last leaves no step ({len(records)} records, {self.settings.records_per_step} a step)"
+            what = f"leaves no step ({len(lengths)} records to train on, {size} a step)"
             raise RecipeError("train.dataloader_drop_last", what, "Leave it out.")
         return DataLoader(
-            records,
+            self.train_records,  # type: ignore[arg-type]
             batch_sampler=sampler,
             collate_fn=Batch,
             num_workers=args.dataloader_num_workers,
@@ -109,22 +106,16 @@ class TnlTrainer(Trainer):
 
     @property
     def step_seed(self) -> int:
+        """Where the random numbers of the step that comes begin."""
         return seed_of(self.args.seed, self.state.global_step)
 
     # ---- one step -------------------------------------------------------------------------------
 
-    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
-        self.model.train()
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
+        self.net.train()
         self.optimizer_mode("train")
-        self.consumed = inputs
-        if self.steps_here == STEPS_TO_GRADIENTS:
-            self.require_gradients()
-        result = step(self.model, inputs.records, self.rows, self.step_seed)
-        self.norms = gradient_norms(p for _, p in self.parameters)
-        if not self.is_finite(result):
-            raise self.not_finite(result, inputs)
-        self.had_gradient |= self.norms > 0
-        self.steps_here += 1
+        result = step(self.net, inputs.records, self.rows, self.step_seed)
+        self.guard.check(result, inputs, self.optimizer, self.state.global_step + 1, self.loss_of)
         self.supervised += result.supervised
         self.clock.tokens += result.tokens
         every = self.args.torch_empty_cache_steps
@@ -132,52 +123,18 @@ class TnlTrainer(Trainer):
             release_memory()
         return result.loss
 
-    def is_finite(self, result: StepResult) -> bool:
-        """Whether the loss, every gradient and what the optimizer keeps are finite: one read from the device."""
-        assert self.norms is not None
-        flags = [torch.isfinite(result.loss), torch.isfinite(self.norms).all()]
-        kept = [x for _, x in checkpoint.tensors_of(dict(self.optimizer.state), "") if x.is_floating_point() and x.numel() > 1]
-        if kept:
-            flags += [torch.isfinite(norm) for norm in torch._foreach_norm(kept)]
-        return bool(torch.stack([flag.to(result.loss.device) for flag in flags]).all())
-
-    def not_finite(self, result: StepResult, batch: Batch) -> NumbersError:
-        """Say which step, which records and which tensor; only a run that ends pays for finding out."""
-        where = f"step {self.state.global_step + 1}"
-        loss = float(result.loss)
-        bad = first_bad(self.model, self.optimizer)
-        if not math.isfinite(loss):
-            guilty = [record for record in batch.records if not math.isfinite(self.loss_of(record))] or batch.records
-            what = f"the loss is {loss} (records: {names(guilty)}; first bad tensor: {bad or 'none, it arises in the computation'})"
-        else:
-            what = f"the loss is {loss:.4f}, but {bad or 'the gradient norm'} is not finite (records: {names(batch.records)})"
-        saved = (
-            f"The weights were not changed; continue from the last checkpoint ({self.saved_step})"
-            if self.saved_step
-            else "Nothing was saved"
-        )
-        return NumbersError(where, what, f"{saved}. Lower train.learning_rate, or look at these records.")
-
-    def loss_of(self, record: dict[str, Any]) -> float:
-        with perplexity.evaluating(self.model), torch.no_grad():
-            return float(perplexity.token_losses(self.model, [record], self.args.device, self.rows.chunk).sum())
-
-    def require_gradients(self) -> None:
-        """Raise NumbersError where an adapter matrix has had no gradient yet: it is not connected to the loss."""
-        silent = (self.is_matrix & ~self.had_gradient).nonzero()[:, 0].tolist()
-        if silent:
-            first = self.parameters[silent[0]][0]
-            what = f"{len(silent)} of {int(self.is_matrix.sum())} adapter matrices have had no gradient so far (first: {first})"
-            raise NumbersError(f"step {self.state.global_step + 1}", what, "Take them out of lora.target_modules, or report it.")
+    def loss_of(self, record: Record) -> float:
+        """Sum of one record's token losses, whatever it is."""
+        with perplexity.evaluating(self.net), torch.no_grad():
+            return float(perplexity.token_losses(self.net, [record], self.args.device, self.rows.chunk).sum())
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        norm = self._get_grad_norm(model)
-        torch.nn.utils.clip_grads_with_norm_([p for _, p in self.parameters], self.args.max_grad_norm, norm)
+        norm = self.guard.norm
+        torch.nn.utils.clip_grads_with_norm_([p for _, p in self.guard.parameters], self.args.max_grad_norm, norm)
         return norm
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Tensor:
-        assert self.norms is not None
-        return torch.linalg.vector_norm(self.norms) if grad_norm is None else grad_norm
+        return self.guard.norm if grad_norm is None else grad_norm
 
     def optimizer_mode(self, mode: str) -> None:
         """Schedule-free optimizers hold other weights for measuring than for training."""
@@ -201,9 +158,9 @@ class TnlTrainer(Trainer):
         except (ValueError, TypeError) as error:
             raise recipe_error("train.lr_scheduler_kwargs", error) from error
 
-    def floating_point_ops(self, inputs: Batch) -> int:
-        frozen = sum(p.numel() for p in self.model.parameters() if not p.requires_grad)
-        trained = sum(p.numel() for _, p in self.parameters)
+    def floating_point_ops(self, inputs: Batch) -> int:  # type: ignore[override]
+        frozen = sum(p.numel() for p in self.net.parameters() if not p.requires_grad)
+        trained = sum(p.numel() for _, p in self.guard.parameters)
         return (4 * frozen + 6 * trained) * inputs.tokens
 
     def _track_num_input_tokens(self, inputs: Batch) -> None:
@@ -212,31 +169,30 @@ class TnlTrainer(Trainer):
     # ---- measuring and logging ------------------------------------------------------------------
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        records = self.eval_dataset if eval_dataset is None else eval_dataset
         start = time.monotonic()
         self.optimizer_mode("eval")
         with self.clock.paused():
-            result = self.measure(records)
-        seconds = time.monotonic() - start
-        named = {"loss": result.loss, "perplexity": result.value, "tokens": result.tokens, "seconds": round(seconds, 3)}
+            result = self.measure(self.eval_records if eval_dataset is None else eval_dataset)
+        seconds = round(time.monotonic() - start, 3)
+        named = {"loss": result.loss, "perplexity": result.value, "tokens": result.tokens, "seconds": seconds}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in named.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def measure(self, records: Sequence[dict[str, Any]]) -> perplexity.Perplexity:
+    def measure(self, records: Sequence[Record]) -> perplexity.Perplexity:
         """Loss on records; where memory runs out, in smaller rows."""
         budget, chunk = self.rows.budget, self.rows.chunk
         while True:
             try:
-                return perplexity.loss(self.model, records, budget, chunk=chunk, after_row=self.stop_measuring)
+                return perplexity.loss(self.net, records, budget, chunk=chunk, after_row=self.stop_measuring)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
             release_memory()
-            if budget <= 64:
+            if budget <= SMALLEST_BUDGET:
                 raise MemoryBudgetError("", "out of memory while measuring the held-out records", "This would fit: data.max_length=256.")
-            budget, chunk = budget // 2, max(chunk // 2, 64)
+            budget, chunk = budget // 2, max(chunk // 2, SMALLEST_BUDGET)
 
     def stop_measuring(self) -> None:
         if self.stop_requested():
@@ -253,7 +209,16 @@ class TnlTrainer(Trainer):
         is_best = bool(metrics) and super()._determine_best_metric(metrics, trial)
         if is_best and self.settings.keep_best:
             self.control.should_save = True
+        if self.patience_is_over():
+            self.control.should_training_stop = True
         return is_best
+
+    def patience_is_over(self) -> bool:
+        """Whether early_stopping_patience measurements have brought no new best."""
+        patience = self.settings.early_stopping_patience
+        best = self.state.best_global_step
+        since = [line for line in self.state.log_history if "eval_loss" in line and line["step"] > (best or 0)]
+        return patience is not None and best is not None and len(since) >= patience
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         control = self.control
@@ -265,6 +230,8 @@ class TnlTrainer(Trainer):
             self.pending_evaluation = control.should_evaluate or at_epoch_end
             control.should_evaluate, control.should_save, control.should_training_stop = False, True, True
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.pending_evaluation:  # with save_strategy best Trainer would save nothing where nothing was measured
+            self._save_checkpoint(self.net, None)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -275,7 +242,7 @@ class TnlTrainer(Trainer):
     # ---- checkpoints ----------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.saved_step == self.state.global_step and not self.resumed.get("pending_evaluation"):
+        if self.saved_step == self.state.global_step:
             return
         with self.clock.paused():
             self.store_flos()
@@ -287,8 +254,8 @@ class TnlTrainer(Trainer):
                 "last_logged": self._globalstep_last_logged,
                 "pending_evaluation": self.pending_evaluation,
             }
-            with staged(self.run.checkpoint(self.state.global_step), extra, checkpoint.estimate_bytes(self.model)) as folder:
-                checkpoint.save_weights(self.model, folder)
+            with staged(self.run.checkpoint(self.state.global_step), extra, checkpoint.estimate_bytes(self.net)) as folder:
+                checkpoint.save_weights(self.net, folder)
                 checkpoint.save_training_state(folder, self.optimizer, self.lr_scheduler, self.portable_state())
             self.saved_step = self.state.global_step
             for line in rotate(self.run, self.settings.save_total_limit, self.best_checkpoint):
@@ -297,9 +264,8 @@ class TnlTrainer(Trainer):
     def portable_state(self) -> TrainerState:
         """Trainer's state without the path of the best checkpoint, which is known by its step."""
         callbacks = [one for one in [*self.callback_handler.callbacks, self.control] if isinstance(one, ExportableState)]
-        return dataclasses.replace(
-            self.state, best_model_checkpoint=None, stateful_callbacks={type(one).__name__: one.state() for one in callbacks}
-        )
+        state: Any = {type(one).__name__: one.state() for one in callbacks}
+        return dataclasses.replace(self.state, best_model_checkpoint=None, stateful_callbacks=state)
 
     @property
     def best_checkpoint(self) -> Path | None:
@@ -309,21 +275,21 @@ class TnlTrainer(Trainer):
     def preflight(self) -> None:
         """Raise StorageError unless there is room for all the checkpoints that will lie there at once."""
         kept = max(self.settings.save_total_limit or 3, 2) + 1 + self.settings.keep_best
-        require_space(self.run.path, kept * checkpoint.estimate_bytes(self.model))
+        require_space(self.run.path, kept * checkpoint.estimate_bytes(self.net))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        checkpoint.load_weights(self.model, folder)
         self.resumed = check_checkpoint(folder, int(folder.name.rpartition("-")[2]))
+        checkpoint.load_weights(self.net, folder)
         self.supervised = self.resumed.get("supervised", 0)
 
-    def _load_optimizer_and_scheduler(self, checkpoint_path: str | None) -> None:
-        if checkpoint_path is not None:
-            checkpoint.load_training_state(Path(checkpoint_path), self.optimizer, self.lr_scheduler)
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        if checkpoint_folder is not None:
+            checkpoint.load_training_state(Path(checkpoint_folder), self.optimizer, self.lr_scheduler)
 
     def _save_rng_state(self, output_dir: str) -> None: ...
 
-    def _load_rng_state(self, checkpoint_path: str | None) -> None: ...
+    def _load_rng_state(self, checkpoint: str | None) -> None: ...
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         result = super()._init_training_state(*args, **kwargs)
@@ -332,18 +298,21 @@ class TnlTrainer(Trainer):
         return result
 
     def take_up(self) -> None:
-        """What is left to do before the first step of a resumed run: called when training begins."""
+        """Before the first step: what a resumed run left to be done."""
         self.clock = Clock()
-        self.saved_step = self.state.global_step or None
         if not self.resumed:
             return
-        self._tr_loss += self.resumed.get("loss_sum", 0.0)
-        self._globalstep_last_logged = self.resumed.get("last_logged", self.state.global_step)
-        if self.resumed.get("pending_evaluation"):
+        self._tr_loss += self.resumed["loss_sum"]
+        self._globalstep_last_logged = self.resumed["last_logged"]
+        if self.resumed["pending_evaluation"]:
             metrics = self._evaluate(None, None)
-            if self._determine_best_metric(metrics, None) or not self.pending_evaluation:
-                self._save_checkpoint(self.model, None)
-            self.resumed = {}
+            self._determine_best_metric(metrics, None)
+            if metrics:  # else a signal came again, and the checkpoint still says what is due
+                self._save_checkpoint(self.net, None)
+            self.control.should_save = False
+        self.saved_step = self.state.global_step
+        if self.patience_is_over():
+            self.control.should_training_stop = True
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
@@ -353,25 +322,37 @@ class TnlTrainer(Trainer):
 
     def load_best(self) -> int | None:
         """Put the weights of the best measurement into the model; returns its step, or None where the last step's stay."""
-        best = self.best_checkpoint
-        if not self.settings.keep_best or best is None or self.state.best_global_step == self.state.global_step:
+        best, number = self.best_checkpoint, self.state.best_global_step
+        if not self.settings.keep_best or best is None or number is None or number == self.state.global_step:
             return None
-        check_checkpoint(best, self.state.best_global_step)
-        checkpoint.load_weights(self.model, best)
-        return self.state.best_global_step
+        check_checkpoint(best, number)
+        checkpoint.load_weights(self.net, best)
+        return number
+
+
+class TakeUp(TrainerCallback):
+    """Tells the trainer when training begins, and stops it after the step in which a signal came."""
+
+    def __init__(self, trainer: TnlTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.take_up()
 
 
 class Clock:
     """Real tokens a second since the last line of the log, without the time that measuring and saving took."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
         self.tokens, self.start, self.away = 0, time.monotonic(), 0.0
 
     def tokens_per_second(self) -> float:
         """Tokens a second since the last call."""
-        seconds = max(time.monotonic() - self.start - self.away, 1e-9)
-        speed = self.tokens / seconds
-        self.__init__()  # type: ignore[misc]
+        speed = self.tokens / max(time.monotonic() - self.start - self.away, 1e-9)
+        self.reset()
         return round(speed, 1)
 
     def paused(self) -> "Pause":
@@ -383,25 +364,13 @@ class Pause:
     """Time away from training."""
 
     def __init__(self, clock: Clock) -> None:
-        self.clock, self.start = clock, time.monotonic()
+        self.clock = clock
 
-    def __enter__(self) -> None: ...
+    def __enter__(self) -> None:
+        self.start = time.monotonic()
 
     def __exit__(self, *error: object) -> None:
         self.clock.away += time.monotonic() - self.start
-
-
-def first_bad(model: nn.Module, optimizer: Any) -> str | None:
-    """Name of the first weight, optimizer state or gradient that is not finite."""
-    parameters = list(model.named_parameters())
-    state = {name: optimizer.state.get(p, {}) for name, p in parameters}
-    candidates = [("weight", name, p.data) for name, p in parameters]
-    candidates += [("optimizer state", name, x) for name, x in checkpoint.tensors_of(state, "") if x.is_floating_point()]
-    candidates += [("gradient", name, p.grad) for name, p in parameters if p.grad is not None]
-    for kind, name, tensor in candidates:
-        if not bool(torch.isfinite(tensor).all()):
-            return f"{kind} {name.lstrip('.')}"
-    return None
 
 
 def recipe_error(where: str, error: BaseException) -> RecipeError:
