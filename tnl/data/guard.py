@@ -32,6 +32,9 @@ class Guard:
     sp: Any
     markers: tuple[str, ...]
     forms: tuple[tuple[int, ...], ...]
+    """The longest first."""
+    firsts: frozenset[int]
+    """The ids that begin a form."""
 
     def encode(self, segments: Sequence[Segment]) -> list[int]:
         """Ids of one part, its content unable to forge a marker."""
@@ -58,60 +61,68 @@ class Guard:
         return sum(1 for _ in self.find(ids))
 
     def find(self, ids: Sequence[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
-        """Where markers stand, and in which form."""
-        for form in self.forms:
-            at = -1
-            for _ in range(ids.count(form[0])):
-                at = ids.index(form[0], at + 1)
-                if tuple(ids[at : at + len(form)]) == form:
+        """Where markers stand, and in which form: from the left, the longest form first, none over another."""
+        if self.firsts.isdisjoint(ids):
+            return
+        at = 0
+        while at < len(ids):
+            step = 1
+            if ids[at] in self.firsts:
+                form = next((form for form in self.forms if tuple(ids[at : at + len(form)]) == form), None)
+                if form is not None:
                     yield at, form
+                    step = len(form)
+            at += step
 
     def spelled(self, ids: list[int]) -> list[int]:
         """The same text without any marker's ids: one piece of each is replaced by its characters, or by bytes."""
         while (found := next(self.find(ids), None)) is not None:
             at, form = found
-            longest = max(range(len(form)), key=lambda i: len(self.sp.id_to_piece(form[i])))
+            sizes = [0 if BYTE.fullmatch(piece) else len(piece) for piece in map(self.sp.id_to_piece, form)]
+            longest = sizes.index(max(sizes))
             ids = [*ids[: at + longest], *spell(self.sp, form[longest]), *ids[at + longest + 1 :]]
         return ids
 
 
 @lru_cache(maxsize=32)
 def guard_for(sp: Any, template: "Template") -> Guard:
-    """The guard of a tokenizer and a template; made once."""
+    """The guard of a tokenizer and a template; made once. Forms are taken from parts encoded whole and by segments."""
     lead = [template.system, template.preamble, template.preamble_with_input, ""]
     turns = [template.user, template.user_with_input, ""]
-    texts = {start + turn + template.answer for start in lead for turn in turns}
-    forms = {form for text in texts for marker in template.markers for form in forms_of(sp, marker, plain_form(text))}
-    return Guard(sp, template.markers, tuple(sorted(forms)))
+    encoded: list[list[int]] = []
+    for form in {start + turn + template.answer for start in lead for turn in turns}:
+        words = re.split(r"\{(?:system|content|input)\}", form)
+        encoded.append(sp.encode("a".join(words)))
+        encoded += [sp.encode(words[0]), *(encode_inside(sp, text) for text in words)]
+    forms = {form for ids in encoded for marker in template.markers for form in forms_of(sp, marker, ids)}
+    ordered = tuple(sorted(forms, key=lambda form: (-len(form), form)))
+    return Guard(sp, template.markers, ordered, frozenset(form[0] for form in forms))
 
 
-def plain_form(form: str) -> str:
-    """A template's form with harmless content."""
-    for name in ("{system}", "{content}", "{input}"):
-        form = form.replace(name, "a")
-    return form
-
-
-def forms_of(sp: Any, marker: str, text: str) -> set[tuple[int, ...]]:
-    """The ids of the pieces that lie within each occurrence of the marker in the text, or touch it where none lies within."""
-    pieces = [sp.id_to_piece(i) for i in sp.encode(text)]
-    surfaces = ["?" if BYTE.fullmatch(piece) else piece.replace("▁", " ") for piece in pieces]
+def forms_of(sp: Any, marker: str, ids: Sequence[int]) -> set[tuple[int, ...]]:
+    """The pieces that lie within each occurrence of the marker, or touch it where none lies within."""
+    pieces = [sp.id_to_piece(i) for i in ids]
+    # a piece that begins with the blank before the marker (the dummy prefix) is one of the marker's own
+    blanks = [piece.startswith("▁") for piece in pieces]
+    surfaces = [chr(int(piece[1:-1], 16)) if BYTE.fullmatch(piece) else piece.replace("▁", " ") for piece in pieces]
     ends = list(accumulate(map(len, surfaces)))
-    spans = list(zip([0, *ends], ends, pieces))
+    spans = list(zip([0, *ends], ends, blanks, ids))
+    text = "".join(surfaces)
     forms = set()
-    start = "".join(surfaces).find(marker)
+    start = text.find(marker)
     while start >= 0:
         end = start + len(marker)
-        # a piece that begins with the blank before the marker (the dummy prefix) is one of the marker's own
-        within = tuple(sp.piece_to_id(piece) for a, b, piece in spans if start <= a + piece.startswith("▁") and b <= end and b > start)
-        forms.add(within or tuple(sp.piece_to_id(piece) for a, b, piece in spans if a < end and b > start))
-        start = "".join(surfaces).find(marker, end)
+        within = tuple(i for begin, stop, blank, i in spans if start <= begin + blank and start < stop <= end)
+        forms.add(within or tuple(i for begin, stop, _, i in spans if begin < end and start < stop))
+        start = text.find(marker, end)
     return forms
 
 
 def spell(sp: Any, piece_id: int) -> list[int]:
     """The piece's text in other ids: one a character; of a single character, its bytes."""
     piece = sp.id_to_piece(piece_id)
+    if BYTE.fullmatch(piece):
+        raise no_spelling()
     if len(piece) == 1:
         return in_bytes(sp, piece)
     ids: list[int] = []
@@ -125,10 +136,13 @@ def in_bytes(sp: Any, character: str) -> list[int]:
     """A character by the tokenizer's byte pieces."""
     ids = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in character.replace("▁", " ").encode("utf-8")]
     if sp.unk_id() in ids:
-        raise ModelError(
-            "tokenizer.model", "has no byte pieces, so a marker in a text cannot be spelled out", "Use the model's own tokenizer."
-        )
+        raise no_spelling()
     return ids
+
+
+def no_spelling() -> ModelError:
+    """Nothing but bytes spells the marker, or nothing can: no tokenizer of a published model is so."""
+    return ModelError("tokenizer.model", "has no second spelling for a marker that stands in a text", "Use the model's own tokenizer.")
 
 
 def merged(segments: Sequence[Segment]) -> list[Segment]:
