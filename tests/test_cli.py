@@ -100,10 +100,8 @@ def test_every_target_exists_and_takes_what_it_is_given(command: str) -> None:
     target = getattr(importlib.import_module(module), function)
     options = typer.main.get_command(cli.app).commands[command].params  # type: ignore[attr-defined]
     names = [parameter.name for parameter in options if parameter.name != "help"]
-    if command in ("chat", "generate"):
-        inspect.signature(target).bind(**dict.fromkeys(names))
-    else:
-        inspect.signature(target).bind(*names)
+    shared = [name for name in names if command in ("chat", "generate") and name in cli.TALK]
+    inspect.signature(target).bind(*(name for name in names if name not in shared), **dict.fromkeys(shared))
 
 
 @pytest.mark.parametrize(
@@ -133,10 +131,9 @@ def test_arguments_reach_their_function(
 def test_chat_hands_on_its_options(target: Callable[..., list[Any]]) -> None:
     calls = target()
     assert main("chat", "output/x", "--temperature", "0", "--top-p", "0.5", "--max-new-tokens", "9", "--seed", "3", "--base", "b") == 0
-    assert calls[0][0] == ()
+    assert calls[0][0] == ("output/x",)
     given = {name: value for name, value in calls[0][1].items() if value is not None}
     assert given == {
-        "model_or_run": "output/x",
         "temperature": 0.0,
         "top_p": 0.5,
         "max_new_tokens": 9,
@@ -145,6 +142,14 @@ def test_chat_hands_on_its_options(target: Callable[..., list[Any]]) -> None:
         "device": "auto",
         "dtype": "auto",
     }
+
+
+def test_generate_hands_on_prompt_and_file(target: Callable[..., list[Any]]) -> None:
+    calls = target()
+    assert main("generate", "demo", "你是谁？", "--dtype", "float32") == 0
+    assert main("generate", "demo", "--file", "questions.txt") == 0
+    assert calls[0][0] == ("demo", "你是谁？", None) and calls[0][1]["dtype"] == "float32"
+    assert calls[1][0] == ("demo", None, Path("questions.txt")) and set(calls[1][1]) == set(cli.TALK)
 
 
 @pytest.mark.parametrize(

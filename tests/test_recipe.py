@@ -203,7 +203,7 @@ def test_the_first_mistake_in_the_file_comes_first() -> None:
 
 
 def test_missing_keys() -> None:
-    assert said("data:\n  train: a\n").startswith("recipe.yaml: model.path: is missing. It is: a folder, a repository")
+    assert said("data:\n  train: a\n").startswith("recipe.yaml:line 1, column 1: model.path: is missing. It is: a folder, a repository")
     assert said("model:\n  path: demo\ndata:\n  eval: 0\n").startswith(
         "recipe.yaml:line 4, column 3: data.train: is missing. It is: a file"
     )
@@ -224,8 +224,11 @@ def test_missing_keys() -> None:
         (b"model:\n  path: 'demo\n", ("not YAML",)),
         (b"a: 1\n---\nb: 2\n", ("line 2, column 1: not YAML",)),
         (b"model:\n  path: \x00\n", ("line 2: not YAML: the character '\\x00'",)),
-        ("model:\n  path: 你\n".encode("gb18030"), ("line 2: not UTF-8 (found another encoding, perhaps GB18030; needed UTF-8)",)),
-        (SMALL.encode("utf-16"), ("line 1: not UTF-8 (found UTF-16",)),
+        (
+            "model:\n  path: 你\n".encode("gb18030"),
+            ("line 2, column 9: not UTF-8 (found another encoding, perhaps GB18030; needed UTF-8)",),
+        ),
+        (SMALL.encode("utf-16"), ("line 1, column 1: not UTF-8 (found UTF-16",)),
         (b"model: !!python/object:os.system x\n", ("the tag ", "not allowed")),
         (b"model: &a\n  path: *a\n", ("at most 20,000 values, 20 deep",)),
         (
@@ -332,6 +335,18 @@ def test_secrets_are_refused_and_never_echoed() -> None:
     assert secret not in said(SMALL + f"train:\n  hub_token: [{secret}]\n")
     assert secret not in said(SMALL + f"train:\n  seed: {secret}\n")
     assert "pass:word" not in said(SMALL + "train:\n  seed: https://user:pass:word@host/x\n")
+
+
+def test_other_rooms_can_name_a_place() -> None:
+    recipe = load(write(SMALL + "lora:\n  target_modules: [query]\n"), ["lora.r=3"])
+    assert recipe.where("lora.target_modules") == "recipe.yaml:line 6, column 19: lora.target_modules"
+    assert recipe.where("lora.r") == "command line: lora.r"
+    assert recipe.where("train.optim") == "recipe.yaml:line 1, column 1: train.optim"
+
+
+def test_an_address_is_no_model(tmp_path: Path) -> None:
+    message = said(SMALL.replace("demo", "https://me:secret@huggingface.co/a/b"))
+    assert "recipe.yaml:line 2, column 9: model.path: is an address" in message and "secret" not in message
 
 
 def test_control_characters_cannot_forge_lines() -> None:

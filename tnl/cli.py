@@ -2,13 +2,15 @@
 
 import errno
 import importlib
+import inspect
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -39,15 +41,28 @@ app = typer.Typer(
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file such as those in recipes/.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Values that replace the recipe's.")]
 Talker = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A model's folder or repository, demo, or the folder of a run.")]
-System = Annotated[str | None, typer.Option(help="The system prompt; without it that of the run.")]
-Template = Annotated[str | None, typer.Option(help="How turns are written; without it that of the run.")]
-Temperature = Annotated[float | None, typer.Option(min=0.0, help="0 always takes the most probable token.")]
-TopP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Draw from the tokens that together reach this share.")]
-MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Tokens an answer may have.")]
-Seed = Annotated[int | None, typer.Option(min=0, help="Where the draws start: the same seed gives the same answer.")]
-Base = Annotated[str | None, typer.Option(help="The base model, where it is no longer where the run found it.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-Dtype = Annotated[str, typer.Option(help="auto, bfloat16 or float32.")]
+Decorated = TypeVar("Decorated", bound=Callable[..., None])
+TALK: dict[str, tuple[Any, Any]] = {
+    "system": (Annotated[str | None, typer.Option(help="The system prompt; without it that of the run.")], None),
+    "template": (Annotated[str | None, typer.Option(help="How turns are written; without it as the run was taught.")], None),
+    "temperature": (Annotated[float | None, typer.Option(min=0.0, help="0 always takes the most probable token.")], None),
+    "top_p": (Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Draw from the tokens that together reach this share.")], None),
+    "max_new_tokens": (Annotated[int | None, typer.Option(min=1, help="Tokens an answer may have.")], None),
+    "seed": (Annotated[int | None, typer.Option(min=0, help="Where the draws start: the same seed gives the same answer.")], None),
+    "base": (Annotated[str | None, typer.Option(help="The base model, where it is no longer where the run found it.")], None),
+    "device": (Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")], "auto"),
+    "dtype": (Annotated[str, typer.Option(help="auto, bfloat16 or float32.")], "auto"),
+}
+"""What chat and generate have in common: name -> (type and help, default)."""
+
+
+def _talks(command: Decorated) -> Decorated:
+    """Replace a command's **options by those of TALK."""
+    own = [parameter for parameter in inspect.signature(command).parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    shared = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=TALK[name][1], annotation=TALK[name][0]) for name in TALK]
+    command.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *shared]}
+    return command
 
 
 def _version(wanted: bool) -> None:
@@ -85,39 +100,22 @@ def check(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def chat(
-    model_or_run: Talker,
-    system: System = None,
-    template: Template = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    max_new_tokens: MaxNewTokens = None,
-    seed: Seed = None,
-    base: Base = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-) -> None:
+@_talks
+def chat(model_or_run: Talker, **options: Any) -> None:
     """Talk to a model or to the result of a run."""
-    _call("chat", **locals())
+    _call("chat", model_or_run, **options)
 
 
 @app.command()
+@_talks
 def generate(
     model_or_run: Talker,
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The question.")] = None,
     file: Annotated[Path | None, typer.Option(help="Questions, one a line, instead of PROMPT.")] = None,
-    system: System = None,
-    template: Template = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    max_new_tokens: MaxNewTokens = None,
-    seed: Seed = None,
-    base: Base = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    **options: Any,
 ) -> None:
     """Answer one question, or each line of a file, and end."""
-    _call("generate", **locals())
+    _call("generate", model_or_run, prompt, file, **options)
 
 
 @app.command()
@@ -135,7 +133,7 @@ def evaluate(
 def merge(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or of an adapter.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of the merged model; must not exist.")],
-    dtype: Dtype = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the base's), bfloat16 or float32.")] = "auto",
 ) -> None:
     """Write base and adapter as one model that needs no peft."""
     _call("merge", run, out, dtype)

@@ -27,11 +27,16 @@ class Complaint(Exception):
 
     def at(self, text: Text, where: str = "") -> RecipeError:
         """Return the error that names line and column, or the command line, and the key."""
-        key = self.key
-        while not where and key:
-            first, second = (text.keys, text.places) if self.of_key else (text.places, text.keys)
-            where, key = first.get(key) or second.get(key, ""), key[:-1]
-        return RecipeError(f"{where or text.name}: {dotted(self.key)}", self.what, self.todo)
+        return RecipeError(f"{where}: {dotted(self.key)}" if where else place(self.key, text, of_key=self.of_key), self.what, self.todo)
+
+
+def place(key: Key, text: Text, *, of_key: bool = False) -> str:
+    """Return file, line and column of a key's value (of_key: of the key itself), or of what is nearest above it, and the key."""
+    first, second = (text.keys, text.places) if of_key else (text.places, text.keys)
+    above, where = key, ""
+    while not where and above:
+        where, above = first.get(above) or second.get(above, ""), above[:-1]
+    return f"{where or text.places.get((), text.name)}: {dotted(key)}"
 
 
 def dotted(key: Key) -> str:
@@ -89,13 +94,13 @@ def invalid(section: str, problem: Any, values: dict[str, Any]) -> Complaint:
     if isinstance(value, float) and not math.isfinite(value):
         what = f"not a finite number (found {found(value)})"
     elif problem["type"] in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
-        what = f"out of range (found {found(value, name)}; needed {_range(info.metadata)})"
+        what = f"out of range (found {found(value, name)}; needed {limits(info.metadata)})"
     else:
         index = next((part for part in problem["loc"][1:] if isinstance(part, int)), None)
         inside = isinstance(value, (list, dict)) and index is not None
         shown = f"{found(value, name)} with {found(problem['input'], name)} in it" if inside else found(value, name)
-        limits = _range(info.metadata)
-        what = f"not what is needed (found {shown}; needed {needed(info.annotation)}{', ' + limits if limits else ''})"
+        bounds = limits(info.metadata)
+        what = f"not what is needed (found {shown}; needed {needed(info.annotation)}{', ' + bounds if bounds else ''})"
     return Complaint((section, name), what, _hint(section, name, value))
 
 
@@ -112,14 +117,15 @@ def needed(annotation: Any) -> str:
     return "keys below it" if origin is dict else _WORDS.get(annotation, "another value")
 
 
-def _range(metadata: list[Any]) -> str:
-    limits = [
+def limits(metadata: list[Any]) -> str:
+    """Say what range pydantic's constraints leave: "at least 1, below 10"."""
+    bounds = [
         _LIMITS[name].format(f"{getattr(one, name):g}" if getattr(one, name) < 1e5 else f"{getattr(one, name):,}")
         for one in metadata
         for name in _LIMITS
         if hasattr(one, name)
     ]
-    return ", ".join(limits)
+    return ", ".join(bounds)
 
 
 def _hint(section: str, name: str, value: Any) -> str:

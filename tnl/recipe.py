@@ -31,6 +31,11 @@ class Recipe:
     generation: GenerationSection
     path: Path = field(compare=False)
     notices: list[str] = field(default_factory=list, compare=False)
+    text: yaml_text.Text = field(default_factory=lambda: yaml_text.Text(""), compare=False, repr=False)
+
+    def where(self, key: str) -> str:
+        """Return the place of section.key for an error: "recipe.yaml:line 14, column 3: lora.target_modules"."""
+        return complaints.place(tuple(key.split(".")), self.text)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the sections as plain values, complete: our defaults and all that the file gives."""
@@ -50,7 +55,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         _apply(override, values, text)
         notices += _translate(values, text, replace=True)
     sections = {name: _section(name, values[name], text) for name in SECTIONS}
-    recipe = Recipe(**sections, path=Path(path), notices=notices)
+    recipe = Recipe(**sections, path=Path(path), notices=notices, text=text)
     try:
         _resolve_paths(recipe)
         _settle(recipe.data, recipe.train)
@@ -94,15 +99,15 @@ def _read(path: Path) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         guess = "UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "another encoding, perhaps GB18030"
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise RecipeError(f"{path}:line {line}", f"not UTF-8 (found {guess}; needed UTF-8)", "Save it as UTF-8.") from None
+        line, column = raw.count(b"\n", 0, error.start) + 1, error.start - raw.rfind(b"\n", 0, error.start)
+        raise RecipeError(f"{path}:line {line}, column {column}", f"not UTF-8 (found {guess}; needed UTF-8)", "Save it as UTF-8.") from None
 
 
 def _sections(text: yaml_text.Text) -> dict[str, Any]:
     if text.values is None or text.values == {}:
         raise RecipeError(text.name, "the recipe is empty (needed: at least model.path and data.train)", "Start from a file in recipes/.")
     if not isinstance(text.values, dict):
-        raise RecipeError(text.name, f"not a recipe (found {complaints.found(text.values)}; needed sections: {', '.join(SECTIONS)})")
+        raise RecipeError(text.places[()], f"not a recipe (found {complaints.found(text.values)}; needed sections: {', '.join(SECTIONS)})")
     for name in text.values:
         if name not in SECTIONS:
             raise complaints.unknown(("", name)).at(text)
@@ -176,6 +181,10 @@ def _section(name: str, values: dict[str, Any] | None, text: yaml_text.Text) -> 
 
 def _resolve_paths(recipe: Recipe) -> None:
     model, data, train = recipe.model, recipe.data, recipe.train
+    if "://" in recipe.model.path:
+        raise complaints.Complaint(
+            ("model", "path"), "is an address (needed: a folder, owner/name of a repository, or demo)", "Leave out https://..."
+        )
     model.path = _path(("model", "path"), model.path) if model.path != "demo" else "demo"
     data.train = _files(("data", "train"), data.train)
     if isinstance(data.eval, (str, list)):
