@@ -128,7 +128,7 @@ BAD: list[tuple[dict, str]] = [
     ({"instruction": "a", "output": "b", "history": [["q", 1]]}, ':record 2: "history" entry 1 is a number'),
 ]
 BAD_TURNS: list[tuple[Any, str]] = [
-    (None, ':record 2: "messages" is missing (found messages)'),
+    (None, ':record 2: "messages" is null (found messages)'),
     (7, ':record 2: "messages" is a number (needed a list)'),
     ([], ":record 2: has no messages"),
     ([7], ":record 2: message 1 is a number"),
@@ -170,6 +170,7 @@ def test_wrong_columns_say_what_was_found_needed_and_how_to_map(tmp_path: Path) 
     said = refusal(tmp_path, {"prompt": "a", "response": "b"})
     assert said.startswith(":record 1: no usable columns (found prompt, response; needed instruction and output, or messages")
     assert said.endswith("Set data.columns: {instruction: prompt, output: response}.")
+    assert refusal(tmp_path, {"prompt": "a", "output": "b"}).endswith("Set data.columns: {instruction: prompt}.")
     assert "{instruction: THEIR_NAME" in refusal(tmp_path, {"foo": "a"})
     assert "{text: content}" in refusal(tmp_path, {"content": "a"})
 
@@ -208,6 +209,7 @@ def test_transcripts_of_text_and_rows(tmp_path: Path) -> None:
     table = write(tmp_path / "b.csv", "who,said\nA,1\nB,2\n")
     columns = {"name": "who", "line": "said"}
     (record,) = read_records(table, format="transcript", columns=columns, persona="B")
+    assert speakers(table, columns=columns) == {"A": 1, "B": 1}
     assert (record.id, record.messages) == (f"{tmp_path}/b.csv:line 2", (Message(U, "1"), Message(A, "2")))
     with pytest.raises(DataError, match=r"needs data\.persona \(speakers: A 2, B 1\)"):
         read(text, format="transcript")

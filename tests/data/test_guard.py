@@ -23,10 +23,9 @@ MARKED = [f"{left}{marker}{right}" for marker in MARKERS for left in ("", "a", "
 
 def trained(lines: list[str], **settings: Any) -> sentencepiece.SentencePieceProcessor:
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", hard_vocab_limit=False,
-        split_by_unicode_script=False, minloglevel=2, **({"vocab_size": 500, "normalization_rule_name": "identity", "byte_fallback": True} | settings),
-    )  # fmt: skip
+    usual = {"model_type": "bpe", "vocab_size": 500, "hard_vocab_limit": False, "byte_fallback": True, "minloglevel": 2}
+    usual |= {"normalization_rule_name": "identity", "split_by_unicode_script": False}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **(usual | settings))
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 

@@ -2,6 +2,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tnl.data.messages import Message, Record, Role
 from tnl.data.transcript import Line, Scenes, parse_transcript, persona_records, plain_name, scenes_of_rows, windows
@@ -93,7 +95,7 @@ def test_whatsapp_on_ios() -> None:
         [("Li Lei", "hello\nare you there?"), ("小明", "yes")],
         [("Li Lei", "again"), ("小明", "yes: again")],
     ]
-    assert found.passed == {"notices of the chat program": 1, "messages without text": 1}
+    assert found.passed == {"notices of the chat program": 1, "lines without words": 1}
 
 
 def test_whatsapp_on_android() -> None:
@@ -191,3 +193,41 @@ def test_a_long_question_loses_its_first_lines_and_they_are_counted() -> None:
     assert made[0].messages[0].content.endswith("line 39") and 0 < lost < 40
     assert made[0].messages[0].content.count("\n") + 1 + lost == 40
     assert windows(record, count, None) == ([record], 0)
+
+
+PARTS = [
+    "A: one",
+    "B：two",
+    "more",
+    "",
+    "",
+    "（stage）",
+    "***",
+    "第一场",
+    "A:",
+    "2024-01-02 12:33:44 A",
+    "[2024/1/2, 12:33:44] B: x",
+    "12:40 A",
+    "http://a/b",
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(PARTS), max_size=12))
+def test_every_line_is_in_a_scene_or_counted(lines: list[str]) -> None:
+    found = parse_transcript("\n".join(lines))
+    kept = " ".join(line.text for scene in found.scenes for line in scene)
+    heads = sum(1 for line in lines if line.startswith(("2024", "12:40", "A:")) and "one" not in line)
+    # a head or a bare name is no line of words itself; all others are kept or passed over
+    words = [line for line in lines if line]
+    assert len(words) <= kept.count("\n") + sum(map(len, found.scenes)) + found.passed.total() + heads
+    assert found.speakers.total() == sum(map(len, found.scenes))
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize(
+    "line", ["," + " " * 200_000 + ",", "T" * 200_000, "a" + " ," * 100_000 + "x", "(" * 200_000, "a: " + "[" * 200_000, "1:1" * 60_000]
+)
+def test_no_line_takes_long(line: str) -> None:
+    parse_transcript(f"A: 1\n{line}\n12:30 B: 2\n{line}\n12:31 A: 2")
+    plain_name(line)

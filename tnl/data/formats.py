@@ -103,15 +103,17 @@ def read(
     return reading
 
 
-def speakers(paths: str | Path | Sequence[str | Path], *, encoding: str | None = None) -> Counter[str]:
+def speakers(
+    paths: str | Path | Sequence[str | Path], *, columns: Mapping[str, str] | None = None, encoding: str | None = None
+) -> Counter[str]:
     """Who speaks in transcripts, and how many lines each has."""
     counts: Counter[str] = Counter()
     for path in find_files(paths)[0]:
         if path.suffix.lower() == ".txt":
             counts += parse_transcript(read_whole(path, encoding)).speakers
         else:
-            rows = list(rows_of(path, encoding))
-            counts += scenes_of_rows(transcript_lines(rows, Mapper({}))).speakers
+            mapper = Mapper(dict(columns or {}))
+            counts += scenes_of_rows([transcript_line(row, mapper) for row in rows_of(path, encoding)]).speakers
     return counts
 
 
@@ -149,7 +151,8 @@ class Mapper:
             if not needed:
                 return ""
             what = "is null" if self.has(row, ours) else "is missing"
-            raise DataError(where, f"{self.shown(ours)} {what} (found {shown_keys(dict(row))})", NEEDS if ours in COLUMNS["alpaca"] else "")
+            todo = mapping_to_try(row, [ours]) or (NEEDS if ours in COLUMNS["alpaca"] else f"Every record needs {ours}.")
+            raise DataError(where, f"{self.shown(ours)} {what} (found {shown_keys(row)})", todo)
         return checked_text(value, self.shown(ours), where)
 
 
@@ -186,22 +189,26 @@ def read_txt(
 
 def read_rows(path: Path, format: str, mapper: Mapper, encoding: str | None, reading: Reading, scenes: list[tuple[Path, Scenes]]) -> None:
     """A file of rows: its format is that of its first record, unless given."""
+    converters: dict[str, Callable[[Row, Mapper], Record]] = {
+        "alpaca": alpaca, "messages": messages, "sharegpt": sharegpt, "text": text_record
+    }  # fmt: skip
     seen: set[str] = set()
-    rows: list[Row] = []
+    lines: list[Line] = []
+    before = len(reading.records)
     for row in rows_of(path, encoding):
-        if not rows:
-            format = format if format != "auto" else detect(row, mapper)
-        rows.append(row)
+        if not seen and format == "auto":
+            format = detect(row, mapper)
         seen.update(row.value)
-    if not rows:
+        if format == "transcript":
+            lines.append(transcript_line(row, mapper))
+        else:
+            reading.records.append(converters[format](row, mapper))
+    if lines:
+        scenes.append((path, scenes_of_rows(lines)))
+    elif len(reading.records) == before:
         raise DataError(path, "no records", "Put records into it.")
+    reading.rows += len(reading.records) - before
     reading.formats.append(format)
-    if format == "transcript":
-        scenes.append((path, scenes_of_rows(transcript_lines(rows, mapper))))
-        return
-    convert: Callable[[Row, Mapper], Record] = {"alpaca": alpaca, "messages": messages, "sharegpt": sharegpt, "text": text_record}[format]
-    reading.rows += len(rows)
-    reading.records += [convert(row, mapper) for row in rows]
     unused = sorted(str(name) for name in seen - {mapper.name(ours) for ours in COLUMNS[format]})
     if unused:
         reading.notices.append(f"{path}: columns that are not used: {', '.join(unused[:8])}{' ...' if len(unused) > 8 else ''}")
@@ -218,12 +225,17 @@ def detect(row: Row, mapper: Mapper) -> str:
         return "alpaca"
     if mapper.has(keys, "text"):
         return "text"
-    guesses = {ours: next((key for key in keys if str(key).lower() in names), None) for ours, names in SYNONYMS.items()}
-    pairs = [(ours, guess) for ours, guess in guesses.items() if guess is not None]
-    named = [f"{ours}: {guess}" for ours, guess in pairs if ours in ("instruction", "output", "input") or len(pairs) == 1]
-    todo = f"Set data.columns: {{{', '.join(named)}}}." if named else "Set data.columns: {instruction: THEIR_NAME, output: THEIR_NAME}."
+    todo = mapping_to_try(keys, ["instruction", "input", "output"]) or mapping_to_try(keys, ["messages"]) or mapping_to_try(keys, ["text"])
+    todo = todo or "Set data.columns: {instruction: THEIR_NAME, output: THEIR_NAME}."
     needed = "instruction and output, or messages, or conversations, or text"
     raise DataError(row.where, f"no usable columns (found {shown_keys(keys)}; needed {needed})", todo)
+
+
+def mapping_to_try(row: Mapping[str, Any], needed: Sequence[str]) -> str:
+    """A line for the recipe where the row has other words for the columns that are needed; "" where it has none."""
+    pairs = [(ours, next((key for key in row if str(key).lower() in SYNONYMS.get(ours, ())), None)) for ours in needed]
+    named = ", ".join(f"{ours}: {theirs}" for ours, theirs in pairs if theirs is not None)
+    return f"Set data.columns: {{{named}}}." if named else ""
 
 
 def alpaca(row: Row, mapper: Mapper) -> Record:
@@ -286,8 +298,8 @@ def conversation(row: Row, mapper: Mapper, names: tuple[str, str, str]) -> Recor
     turns_name, role_name, text_name = names
     value, where = row.value, row.where
     if value.get(mapper.name(turns_name)) is None:
-        found = f"(found {shown_keys(value)})"
-        raise DataError(where, f"{mapper.shown(turns_name)} is missing {found}", f"Every record needs {turns_name}.")
+        what = "is null" if mapper.has(value, turns_name) else "is missing"
+        raise DataError(where, f"{mapper.shown(turns_name)} {what} (found {shown_keys(value)})", f"Every record needs {turns_name}.")
     turns: list[Message] = []
     for number, turn in enumerate(listed(value[mapper.name(turns_name)], mapper.shown(turns_name), where), start=1):
         place = f"message {number}"
@@ -357,13 +369,10 @@ def text_record(row: Row, mapper: Mapper) -> Record:
     return Record(row.where, text=text)
 
 
-def transcript_lines(rows: list[Row], mapper: Mapper) -> list[Line]:
-    """Rows of name and line as a transcript; another value of `scene`, where there is one, begins another scene."""
-    lines = []
-    for row in rows:
-        name, text = (mapper.text(row.value, ours, row.where, needed=True) for ours in ("name", "line"))
-        lines.append(Line(row.where, name, text, str(row.value.get(mapper.name("scene"), ""))))
-    return lines
+def transcript_line(row: Row, mapper: Mapper) -> Line:
+    """A row of name and line; another value of `scene`, where there is one, begins another scene."""
+    name, text = (mapper.text(row.value, ours, row.where, needed=True) for ours in ("name", "line"))
+    return Line(row.where, name, text, str(row.value.get(mapper.name("scene"), "")))
 
 
 def add_transcripts(scenes: list[tuple[Path, Scenes]], persona: str | None, reading: Reading) -> None:

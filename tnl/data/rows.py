@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -247,7 +247,7 @@ def type_name(value: Any) -> str:
     return next((name for kind, name in names if isinstance(value, kind)), type(value).__name__)
 
 
-def shown_keys(value: dict[str, Any]) -> str:
+def shown_keys(value: Mapping[str, Any]) -> str:
     """The keys for a message, cut where there are many."""
     keys = [str(key)[:40] for key in value]
     return (", ".join(keys[:8]) + (" ..." if len(keys) > 8 else "")) or "nothing"

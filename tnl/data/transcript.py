@@ -11,7 +11,7 @@ Every line is counted: in a record, or passed over with its reason.
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -22,12 +22,13 @@ from tnl.errors import DataError
 PAUSE = 60
 """Minutes of silence after which a chat begins another scene."""
 
+# every repetition is bounded or cannot overlap its neighbour, so that no line takes more than linear time
 DATE = r"(?:\d{4}[-/.年]\d{1,2}[-/.月]\d{1,2}日?|\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4})"
 CLOCK = r"(?:[上下]午|凌晨|早上|中午|晚上)?\s?\d{1,2}:\d{2}(?::\d{2})?(?:[\s\u202f][AaPp]\.?[Mm]\.?)?"
-WHEN = rf"[\[(【]?(?P<date>{DATE})?(?:,|T|\s)*(?:星期.|周.)?\s*(?P<clock>{CLOCK})[\])】]?"
-INLINE = re.compile(rf"{WHEN}\s*(?:-\s+)?(?P<name>[^:：]{{1,40}}?)\s*[:：]\s*(?P<text>.*)")
-TIME_FIRST = re.compile(rf"{WHEN}\s+(?P<name>[^\s:：][^:：]{{0,39}})(?P<text>)")
-NAME_FIRST = re.compile(rf"(?P<name>[^\s:：][^:：]{{0,39}}?)(?:,|\s|—)+{WHEN}(?P<text>)")
+WHEN = rf"[\[(【]?(?P<date>{DATE})?(?:,|T|\s){{0,3}}(?:星期.|周.)?\s{{0,3}}(?P<clock>{CLOCK})[\])】]?"
+INLINE = re.compile(rf"{WHEN}\s{{0,3}}(?:-\s)?(?P<name>[^:：]{{1,40}}?)[:：]\s*(?P<text>.*)")
+TIME_FIRST = re.compile(rf"{WHEN}\s{{1,3}}(?P<name>[^\s:：][^:：]{{0,39}})(?P<text>)")
+NAME_FIRST = re.compile(rf"(?P<name>[^\s:：][^:：]{{0,39}}?)(?:,|\s|—){{1,3}}{WHEN}(?P<text>)")
 STAMPED = re.compile(rf"{WHEN}(?:\s|$)")
 
 SPOKEN = re.compile(r"(?P<name>[^:：]{1,30})[:：](?!//)\s*(?P<text>.*)")
@@ -70,14 +71,13 @@ def parse_transcript(text: str) -> Scenes:
     heads = max((INLINE, TIME_FIRST, NAME_FIRST), key=lambda form: sum(1 for line in lines if form.fullmatch(line)))
     stamped = sum(1 for line in lines if heads.fullmatch(line))
     chat = stamped >= 2 and stamped * 10 >= written
-    found = [line for line in (chat_lines(lines, heads, passed) if chat else script_lines(lines, passed)) if line.text]
-    scenes = group_scenes(found)
+    scenes = group_scenes(with_words(chat_lines(lines, heads, passed) if chat else script_lines(lines, passed), passed))
     notices: list[str] = []
     if not chat and len(scenes) > 3 and sum(len(scene) == 1 for scene in scenes) * 5 >= len(scenes) * 4:
         # double-spaced: a blank line after every line, so a scene ends where two or more are blank
         notices.append("almost every line stands alone between blank lines, so a scene ends at two blank lines")
         passed.clear()
-        scenes = group_scenes([line for line in script_lines(lines, passed, blanks=2) if line.text])
+        scenes = group_scenes(with_words(script_lines(lines, passed, blanks=2), passed))
     return summary(scenes, passed, notices)
 
 
@@ -88,7 +88,19 @@ def summary(scenes: list[list[Line]], passed: Counter[str], notices: list[str]) 
 
 def scenes_of_rows(lines: list[Line]) -> Scenes:
     """A transcript from rows that name speaker, line and scene."""
-    return summary(group_scenes([replace(line, name=plain_name(line.name)) for line in lines if line.text.strip()]), Counter(), [])
+    passed: Counter[str] = Counter()
+    return summary(group_scenes(with_words((replace(line, name=plain_name(line.name)) for line in lines), passed)), passed, [])
+
+
+def with_words(lines: Iterable[Line], passed: Counter[str]) -> list[Line]:
+    """The lines in which something is said; the others are counted."""
+    kept = []
+    for line in lines:
+        if line.text.strip():
+            kept.append(line)
+        else:
+            passed["lines without words"] += 1
+    return kept
 
 
 def group_scenes(lines: list[Line]) -> list[list[Line]]:
@@ -136,31 +148,28 @@ def chat_lines(lines: list[str], heads: re.Pattern[str], passed: Counter[str]) -
         head = heads.fullmatch(line)
         if head:
             if current:
-                yield spoken_text(current, passed)
+                yield spoken_text(current)
             when = (head["date"] or last[0], minutes(head["clock"]))
             if last[1] >= 0 and (when[0] != last[0] or not 0 <= when[1] - last[1] <= PAUSE):
                 scene += 1
             last = when
             current = Line(f"line {number}", plain_name(head["name"]), head["text"].strip(), str(scene))
-        elif line and STAMPED.match(line):
+        elif line and (stamp := STAMPED.match(line)) and (stamp["date"] or not last[0]):
             passed["notices of the chat program"] += 1
             if current:
-                yield spoken_text(current, passed)
+                yield spoken_text(current)
             current = None
         elif current:
             current = replace(current, text=f"{current.text}\n{line}".strip())
         elif line:
             passed["lines before the first message"] += 1
     if current:
-        yield spoken_text(current, passed)
+        yield spoken_text(current)
 
 
-def spoken_text(line: Line, passed: Counter[str]) -> Line:
-    """The line without pictures and the like; empty where nothing else was sent."""
-    text = MEDIA.sub("", line.text).strip()
-    if not text:
-        passed["messages without text"] += 1
-    return replace(line, text=text)
+def spoken_text(line: Line) -> Line:
+    """The line without pictures and the like."""
+    return replace(line, text=MEDIA.sub("", line.text).strip())
 
 
 def minutes(clock: str) -> int:
@@ -172,7 +181,7 @@ def minutes(clock: str) -> int:
 
 def plain_name(name: str) -> str:
     """A speaker's name without stage directions, bold marks, and the number that QQ appends."""
-    name = unicodedata.normalize("NFKC", name)
+    name = unicodedata.normalize("NFKC", name[:100])
     name = re.sub(r"\((?!\s*$)[^)]*\)\s*$|<[^>]*>\s*$", "", name)
     return name.strip().strip("*_~ ").strip()
 
