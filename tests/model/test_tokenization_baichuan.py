@@ -3,6 +3,7 @@ import pickle
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 
 from tnl.errors import ModelError
 from tnl.model.tokenization_baichuan import BaiChuanTokenizer
@@ -112,3 +113,22 @@ def test_a_truncated_model_file_is_refused(alone: Path) -> None:
     (alone / "tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(ModelError, match="is not a whole"):
         BaiChuanTokenizer.from_pretrained(alone)
+
+
+def test_the_auto_classes_find_it_without_remote_code(alone: Path) -> None:
+    (alone / "config.json").write_bytes((GOLDEN.parent / "base" / "config.json").read_bytes())
+    assert type(AutoTokenizer.from_pretrained(alone)) is BaiChuanTokenizer
+    # the published tokenizer_config.json names a file of code; it is not there and is not asked for
+    (alone / "tokenizer_config.json").write_bytes((GOLDEN / "tokenizer_config.json").read_bytes())
+    assert type(AutoTokenizer.from_pretrained(alone, use_fast=False)) is BaiChuanTokenizer
+
+
+def test_the_tutorials_collator_pads_with_it(tokenizer: BaiChuanTokenizer) -> None:
+    rows = [
+        {"input_ids": [5, 2], "attention_mask": [1, 1], "labels": [-100, 2]},
+        {"input_ids": [5], "attention_mask": [1], "labels": [-100]},
+    ]
+    batch = DataCollatorForSeq2Seq(tokenizer=tokenizer, padding=True)(rows)
+    assert batch["input_ids"].tolist() == [[5, 2], [5, 0]]
+    assert (batch["attention_mask"].tolist(), batch["labels"].tolist()) == ([[1, 1], [1, 0]], [[-100, 2], [-100, -100]])
+    assert tokenizer.batch_decode([[2015, 2909, 2]], skip_special_tokens=True) == ["你是谁？"]
