@@ -224,6 +224,21 @@ def test_text_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
     assert done.returncode == 2 and "甄嬛.yaml" in done.stderr
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps a folder that is in use")
+def test_a_current_folder_that_is_gone(tmp_path: Path) -> None:
+    code = f"import os\nos.chdir({str(tmp_path)!r})\nos.rmdir({str(tmp_path)!r})\nfrom tnl.cli import main\nmain(['train', 'r.yaml'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (6, "error: the current folder has been deleted. Go to one that exists.\n")
+
+
+def test_no_home_is_no_mistake(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(SMALL + "lora:\n  rank: 8\n", encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if name != "HOME"}
+    command = [sys.executable, "-m", "tnl.cli", "train", "r.yaml", "data.eval=~nobody/x"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Here it is called lora.r" in done.stderr
+
+
 def test_a_reader_that_has_gone_is_no_error() -> None:
     process = subprocess.Popen([sys.executable, "-m", "tnl.cli", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None and process.stderr is not None

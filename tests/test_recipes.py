@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tnl.hub import resolve
 from tnl.recipe import dump, load
 from tnl.sections import SECTIONS
 
@@ -13,7 +14,13 @@ NAMES = ["7b-24gb", "alpaca-7b", "huanhuan-385m", "huanhuan-7b", "transcript"]
 
 
 def test_how_many_there_are() -> None:
-    assert [path.name for path in RECIPES if path.stem != "demo"] == [f"{name}.yaml" for name in NAMES]
+    assert [path.name for path in RECIPES] == [f"{name}.yaml" for name in NAMES]
+
+
+def test_the_demo_s_recipe_loads_from_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = load(FOLDER.parent / "tnl/demo/recipe.yaml")
+    assert recipe.notices == [] and recipe.model.path == "demo" and (resolve("demo") / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

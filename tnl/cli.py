@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from tnl import paths
-from tnl.errors import TnlError, one_line
+from tnl.errors import StorageError, TnlError, one_line
 
 TARGETS = {
     "train": "tnl.train.run:run",
@@ -182,6 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
             stream.reconfigure(encoding="utf-8", errors="replace" if stream is sys.stdin else "backslashreplace")
     signal.signal(signal.SIGTERM, _stop)
     try:
+        _check_folder()
         code = app([*(word for word in options if word != "--debug"), *given[len(options) :]], prog_name="tnl", standalone_mode=False)
         sys.stdout.flush()
     except BaseException as error:
@@ -192,6 +193,13 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             code = report(error, debug)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _check_folder() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise StorageError("", "the current folder has been deleted", "Go to one that exists.") from None
 
 
 def report(error: BaseException, debug: bool) -> int:

@@ -57,7 +57,7 @@ def download(repo: str, *, hub: Hub = "huggingface", revision: str | None = None
     library is not installed), StorageError (disk).
     """
     fetch = _huggingface if hub == "huggingface" else _modelscope
-    with storage(out or Path.home()):
+    with storage(out or paths.home()):
         folder = fetch(repo, revision, out)
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:5] if folder.is_dir() else []) or "nothing of use"
@@ -105,7 +105,7 @@ def _huggingface(repo: str, revision: str | None, out: Path | None) -> Path:
 def _preflight(library: Any, repo: str, revision: str | None, out: Path | None) -> list[str]:
     """Check that what is still to be fetched has room, and return the patterns of files that are not needed: pickles beside safetensors."""
     try:
-        info = library.HfApi().model_info(repo, revision=revision, files_metadata=True)
+        info = library.HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=10)
     except Exception:
         return []  # no network, or no such repository: the download itself takes the cache or says which
     names = {file.rfilename: file.size or 0 for file in info.siblings}

@@ -14,13 +14,19 @@ def expand(text: str) -> str:
     unset = re.search(r"\$\{?(\w+)\}?", expanded)
     if unset:
         raise KeyError(unset.group(1))
-    return str(Path(expanded).expanduser()) if expanded.startswith("~") else expanded
+    # Path.expanduser raises where there is no such person; a folder may well be called ~x
+    return os.path.expanduser(expanded)
 
 
 def absolute(text: str) -> Path:
     """Return the absolute path of a word, relative to the current folder; symlinks are left as they are."""
     # Path.resolve would follow symlinks, Path.absolute keeps ".."
     return Path(os.path.abspath(expand(text)))
+
+
+def home() -> Path:
+    """Return the person's folder; the current one where the machine knows of none."""
+    return absolute("~")
 
 
 def looks_like_path(text: str) -> bool:

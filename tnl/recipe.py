@@ -297,7 +297,7 @@ def _check_output(recipe: Recipe) -> None:
     sources = [recipe.data.train] if isinstance(recipe.data.train, str) else list(recipe.data.train)
     taken = {Path(source) for source in sources} | {Path(source).parent for source in sources if Path(source).is_file()}
     reason = ""
-    if output == Path(output.anchor) or output in (Path.cwd(), Path.home()):
+    if output == Path(output.anchor) or output in (Path.cwd(), paths.home()):
         reason = "is no folder for one run"
     elif recipe.model.path == str(output) or Path(recipe.model.path) in output.parents:
         reason = "lies in the model's folder"

@@ -226,6 +226,13 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, A
     return [(name, old.get(name), new.get(name)) for name in fields if old.get(name) != new.get(name)]
 
 
+def model_files(folder: Path) -> dict[str, list[Path]]:
+    """Return the files of a model's folder that fingerprint wants, by role: base (weights and config) and tokenizer."""
+    weights = [path for pattern in ("*.safetensors", "*.bin", "*.index.json", "config.json") for path in folder.glob(pattern)]
+    tokenizer = [path for name in ("tokenizer.model", "tokenizer_config.json") if (path := folder / name).is_file()]
+    return {"base": sorted(weights), "tokenizer": tokenizer}
+
+
 def hash_files(paths: Iterable[Path]) -> str:
     """Return one SHA-256 over the contents of files, in the order of their names. Raises StorageError where one cannot be read."""
     total = hashlib.sha256()

@@ -1,0 +1,74 @@
+"""What is a path, and what stands beside one that is missing."""
+
+from pathlib import Path
+
+import pytest
+
+from tnl import paths
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["/a/b", "./a", "../a/b", "~/a", "a\\b", "C:\\models\\x", "C:/models/x", "name", "a/b/c", "", "models/x", "a b/c"]
+)
+def test_what_is_written_as_a_path_is_one(text: str) -> None:
+    Path("models").mkdir()
+    assert paths.looks_like_path(text)
+
+
+@pytest.mark.parametrize("text", ["OpenNLPLab/TransNormerLLM-7B", "a/b", "me/my.model_2"])
+def test_owner_and_name_is_a_repository(text: str) -> None:
+    assert not paths.looks_like_path(text)
+
+
+def test_what_exists_is_a_path() -> None:
+    Path("OpenNLPLab/TransNormerLLM-7B").mkdir(parents=True)
+    assert paths.looks_like_path("OpenNLPLab/TransNormerLLM-7B")
+
+
+def test_expansion(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DATA", "/data")
+    assert paths.absolute("~/x") == Path("/home/me/x")
+    assert paths.absolute("$DATA/x") == paths.absolute("${DATA}/y/../x") == Path("/data/x")
+    assert paths.absolute("x") == tmp_path / "x"
+    assert paths.absolute("~nobody-of-this-name/x") == tmp_path / "~nobody-of-this-name/x"
+    with pytest.raises(KeyError, match="NOWHERE"):
+        paths.absolute("$NOWHERE/x")
+
+
+def test_links_are_left_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert paths.absolute("link") == tmp_path / "link"
+
+
+def test_the_first_part_that_is_missing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset/huanhuan.json").touch()
+    assert paths.missing(tmp_path / "dataset/huanhuan.jsonl") == (
+        f"no such file: {tmp_path}/dataset/huanhuan.jsonl",
+        f"Did you mean {tmp_path}/dataset/huanhuan.json?",
+    )
+    assert paths.missing(tmp_path / "datasets/huanhuan.json") == (
+        f"no such folder: {tmp_path}/datasets",
+        f"Did you mean {tmp_path}/dataset?",
+    )
+    assert paths.missing(tmp_path / "Dataset")[1] == f"Did you mean {tmp_path}/dataset (only the case differs)?"
+    assert paths.missing(tmp_path / "dataset/xyz.csv") == (
+        f"no such file: {tmp_path}/dataset/xyz.csv ({tmp_path}/dataset has huanhuan.json)",
+        "Name one that exists.",
+    )
+    assert paths.missing(tmp_path / "dataset/huanhuan.json/x")[0] == f"{tmp_path}/dataset/huanhuan.json is a file, not a folder"
+    (tmp_path / "empty").mkdir()
+    assert "is empty" in paths.missing(tmp_path / "empty/x")[0]
+
+
+def test_nearest() -> None:
+    assert paths.nearest("lerning_rate", ["seed", "learning_rate"]) == "learning_rate"
+    assert paths.nearest("QKVU_PROJ", ["qkvu_proj"]) == "qkvu_proj"
+    assert paths.nearest("zzz", ["seed"]) is None
