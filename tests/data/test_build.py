@@ -98,7 +98,8 @@ def test_files_of_its_own_for_evaluation_and_their_overlap(tmp_path: Path) -> No
     dataset = build(Section(train, eval=str(held)), TOKENIZER)
     assert (len(dataset.train), len(dataset.eval), dataset.report.overlap) == (10, 3, 1)
     assert "1 of 3 held-out records are trained on too" in dataset.report.notices[-1]
-    assert build(Section(train, eval=[held]), TOKENIZER).report.rows == 10
+    report = build(Section(train, eval=[held]), TOKENIZER).report
+    assert report.rows == 10 and [source.path for source in report.sources] == [train, held]
 
 
 def test_many_duplicates_are_a_warning(tmp_path: Path) -> None:
@@ -169,6 +170,15 @@ def test_one_long_scene_is_held_out_by_windows(tmp_path: Path) -> None:
     assert len(dataset.eval) > 1 and max(len(r["input_ids"]) for r in dataset.train + dataset.eval) <= 120
     learned = [line for record in dataset.train + dataset.eval for line in text_of(record).split("0 ")[1:]]
     assert len(learned) == 200
+
+
+def test_only_scenes_are_cut_in_windows(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(transcript(1, 60), encoding="utf-8")
+    turns = [{"role": role, "content": f"{role} {i} " * 8} for i in range(9) for role in ("user", "assistant")]
+    write(tmp_path / "b.json", [{"messages": turns}])
+    dataset = build(Section(tmp_path, persona="B", eval=0, max_length=200), TOKENIZER)
+    assert ["window" in record["id"] for record in dataset.train].count(False) == 1
+    assert dataset.report.truncated == 1
 
 
 def test_an_unknown_template_or_share_is_refused(tmp_path: Path) -> None:

@@ -99,13 +99,14 @@ def test_csv_and_parquet(tmp_path: Path) -> None:
 
 def test_files_of_several_formats_are_read_each_by_its_own(tmp_path: Path) -> None:
     write(tmp_path / "a.json", [{"instruction": "I", "output": "O", "id": 7}])
-    write(tmp_path / "b.jsonl", [{"text": "x\ufffd"}, {"text": "y"}])
+    write(tmp_path / "b.jsonl", [{"text": "x\ufffd"}, {"text": "I am {{name}}."}])
     write(tmp_path / "notes.md", "x")
     reading = read(tmp_path)
     assert (reading.formats, reading.rows, len(reading.records)) == (["alpaca", "text"], 3, 3)
     assert [len(source.sha256) for source in reading.sources] == [64, 64]
     said = " / ".join(reading.notices)
     assert "passed over notes.md" in said and "not used: id" in said and "1 records hold U+FFFD" in said
+    assert "1 records hold placeholders such as {{name}}" in said
 
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

@@ -161,7 +161,7 @@ def test_rows_become_scenes() -> None:
 
 def dialogue(turns: int, size: int = 10) -> Record:
     pairs = [(Message(Role.USER, f"{i:0{size}d}"), Message(Role.ASSISTANT, f"{i:0{size}d}!")) for i in range(turns)]
-    return Record("s", tuple(message for pair in pairs for message in pair))
+    return Record("s", tuple(message for pair in pairs for message in pair), scene=True)
 
 
 def count(messages: tuple[Message, ...]) -> int:
@@ -176,6 +176,7 @@ def test_windows_learn_every_answer_once_and_fit(turns: int, limit: int) -> None
     assert learned == [f"{i:010d}!" for i in range(turns)] and lost == 0
     assert all(count(record.messages) <= limit for record in made)
     assert len({record.id for record in made}) == len(made)
+    assert all(record.scene for record in made)
 
 
 def test_a_later_window_opens_with_context_that_is_not_learned() -> None:

@@ -38,7 +38,10 @@ class Section(Protocol):
 
 @dataclass
 class Report:
-    """What became of the rows. `supervised` counts the tokens that are learned; lengths are in tokens, before truncation."""
+    """What became of the rows of data.train; `sources` has the files of data.eval too.
+
+    `supervised` counts the tokens that are learned; lengths are in tokens, before truncation.
+    """
 
     formats: dict[str, int] = field(default_factory=dict)
     sources: list[Source] = field(default_factory=list)
@@ -100,7 +103,10 @@ def build(section: Section, tokenizer: Tokenizer, *, seed: int = 42) -> Dataset:
     else:
         train, held = examples, []
     if section.eval and not share:
-        held = encode_files(section.eval, section, tokenizer, template, Report(notices=report.notices))
+        other = Report()
+        held = encode_files(section.eval, section, tokenizer, template, other)
+        report.sources += other.sources
+        report.notices += [f"data.eval: {notice}" for notice in other.notices]
     finish(train, held, report)
     return Dataset([example.record for example in train], [example.record for example in held], report)
 
@@ -120,7 +126,7 @@ def encode_files(paths: Any, section: Section, tokenizer: Tokenizer, template: T
     lengths: list[int] = []
     empty: list[str] = []
     overlong: list[tuple[int, str]] = []
-    by_window = "transcript" in reading.formats and len(reading.records) < FEW_SCENES
+    few_scenes = sum(record.scene for record in reading.records) < FEW_SCENES
     for record in reading.records:
         for part, encoded in encoder.encode(record, report, reading):
             length = len(encoded.input_ids)
@@ -135,7 +141,7 @@ def encode_files(paths: Any, section: Section, tokenizer: Tokenizer, template: T
             elif not fitted.supervised:
                 empty.append(part.id)
             else:
-                unit = part.id if by_window or record.text is not None else record.id
+                unit = part.id if record.text is not None or (record.scene and few_scenes) else record.id
                 examples.append(example_of(part, fitted, unit))
     account(report, reading, lengths)
     if overlong:
@@ -165,7 +171,7 @@ class Encoder:
                 yield Record(name, text=self.tokenizer.sp_model.decode(piece.input_ids)), piece
             return
         parts = [record]
-        if reading.speakers:
+        if record.scene:
             parts, lost = windows(record, self.size, self.max_length)
             if lost:
                 reading.passed["lines cut from long questions"] += lost
@@ -182,7 +188,7 @@ class Encoder:
 def account(report: Report, reading: Reading, lengths: list[int]) -> None:
     """What was read, into the report."""
     report.rows, report.records = reading.rows, len(reading.records)
-    report.sources, report.formats = reading.sources, dict(Counter(reading.formats))
+    report.sources, report.formats = list(reading.sources), dict(Counter(reading.formats))
     report.passed, report.speakers = dict(reading.passed), dict(reading.speakers.most_common())
     report.notices += reading.notices
     ordered = sorted(lengths)

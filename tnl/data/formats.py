@@ -42,6 +42,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "messages": ("dialog", "dialogue", "chat", "turns"),
     "text": ("content", "document", "body", "文本"),
 }
+PLACEHOLDER = re.compile(r"\{\{\s*\w+\s*\}\}")
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -99,7 +100,7 @@ def read(
         raise DataError(files[0], what, "Remove it, or set data.format: transcript.")
     if not reading.records:
         raise DataError(files[0], "no records", "Put records into it.")
-    note_damage(reading)
+    note_oddities(reading)
     return reading
 
 
@@ -386,9 +387,12 @@ def add_transcripts(scenes: list[tuple[Path, Scenes]], persona: str | None, read
     reading.notices += [f"{path}: {notice}" for path, found in scenes for notice in found.notices]
 
 
-def note_damage(reading: Reading) -> None:
-    """Say where U+FFFD stands, the mark that an earlier wrong decoding left."""
-    texts = ((record.id, [record.text or "", *(m.content for m in record.messages)]) for record in reading.records)
+def note_oddities(reading: Reading) -> None:
+    """Say where U+FFFD stands, the mark that an earlier wrong decoding left, and where a placeholder was never filled in."""
+    texts = [(record.id, [record.text or "", *(m.content for m in record.messages)]) for record in reading.records]
     damaged = [place for place, parts in texts if any("\ufffd" in part for part in parts)]
     if damaged:
         reading.notices.append(f"{len(damaged)} records hold U+FFFD, left by an earlier wrong decoding (first: {damaged[0]})")
+    unfilled = [found.group() for _, parts in texts if (found := PLACEHOLDER.search("\n".join(parts)))]
+    if unfilled:
+        reading.notices.append(f"{len(unfilled)} records hold placeholders such as {unfilled[0]}, which are learned as they stand")

@@ -28,8 +28,12 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One example: messages, or plain text. `id` is FILE:record N or FILE:line N, as errors name it."""
+    """One example: messages, or plain text. `id` is FILE:record N or FILE:line N, as errors name it.
+
+    `scene` marks a transcript's scene, which is learned in several records where it is long.
+    """
 
     id: str
     messages: tuple[Message, ...] = ()
     text: str | None = None
+    scene: bool = False

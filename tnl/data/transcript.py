@@ -211,7 +211,7 @@ def persona_records(scenes: list[tuple[Path, Scenes]], persona: str | None, spea
                 continue
             passed["lines after the persona's last"] += len(scene) - 1 - own[-1]
             place = scene[0].where if scene[0].where.startswith(str(path)) else f"{path}:{scene[0].where}"
-            records.append(Record(place, tuple(turns_of(scene[: own[-1] + 1], wanted))))
+            records.append(Record(place, tuple(turns_of(scene[: own[-1] + 1], wanted)), scene=True))
     return records, +passed
 
 
@@ -254,7 +254,7 @@ def windows(record: Record, size: Callable[[tuple[Message, ...]], int], max_leng
             end += 1
         context = tuple(replace(message, train=False) for pair in pairs[first:start] for message in pair)
         learned = tuple(message for pair in pairs[start:end] for message in pair)
-        result.append(Record(f"{record.id} window {len(result) + 1}", context + learned))
+        result.append(Record(f"{record.id} window {len(result) + 1}", context + learned, scene=True))
         start = end
     return result, lost
 
