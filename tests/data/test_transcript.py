@@ -107,8 +107,20 @@ def test_whatsapp_on_android() -> None:
 def test_qq_and_wechat() -> None:
     found = parse_transcript(QQ)
     assert shown(found) == [[("小明", "你好\n\n在吗？"), ("小红", "在")], [("小明", "早")]]
-    assert found.passed == {"lines before the first message": 5}
+    assert found.passed == {"lines before the first message": 3, "headings and rules": 2}
     assert shown(parse_transcript(WECHAT)) == [[("小明", "你好"), ("小红", "你也好")]]
+
+
+def test_a_chat_with_a_line_for_each_day() -> None:
+    text = "记录\n——  2023-05-01  ——\n\n小明  08:01\n早\n小红  08:02\n早！\n\n——  2023-05-02  ——\n\n小红  08:03\n又早\n"
+    found = parse_transcript(text)
+    assert shown(found) == [[("小明", "早"), ("小红", "早！")], [("小红", "又早")]]
+    assert found.passed == {"headings and rules": 2, "lines before the first message": 1}
+
+
+def test_a_word_for_place_or_time_is_no_speaker() -> None:
+    found = parse_transcript("场景：夜\n时间: 晚\nA [aside]: x\nScene: a hall\nB: y\n")
+    assert found.speakers == {"A": 1, "B": 1} and found.passed == {"headings and rules": 3}
 
 
 def test_time_before_a_name_and_its_line() -> None:
@@ -207,6 +219,7 @@ PARTS = [
     "第一场",
     "A:",
     "2024-01-02 12:33:44 A",
+    "== 2024-01-03 ==",
     "[2024/1/2, 12:33:44] B: x",
     "12:40 A",
     "http://a/b",

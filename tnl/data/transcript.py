@@ -34,7 +34,10 @@ STAMPED = re.compile(rf"{WHEN}(?:\s|$)")
 SPOKEN = re.compile(r"(?P<name>[^:：]{1,30})[:：](?!//)\s*(?P<text>.*)")
 NO_NAME = re.compile(r"[。！？!?，,；;“”\"…、《》/\\=]|^\W*\d[\d\W]*$")
 STAGE = re.compile(r"[（(【\[][^）)】\]]*[）)】\]]")
-BREAK = re.compile(r"[-*=_~#·\s]{3,}|#.*|第.{1,5}[场幕集章回折](?:\s.*)?")
+BREAK = re.compile(r"[-—–*=_~#·\s]{3,}|#.*|第.{1,5}[场幕集章回折](?:\s.*)?")
+HEADINGS = frozenset(["场景", "时间", "地点", "人物", "景别", "备注", "scene", "time", "place", "setting", "characters"])
+"""What stands before a colon and is no speaker."""
+DAY = re.compile(rf"[-—–=*#\s]{{2,}}(?P<date>{DATE})[-—–=*#\s]{{2,}}")
 MEDIA = re.compile(
     r"[\[<【(](?:图片|表情|动画表情|语音|视频|文件|位置|红包|转账|链接|名片|media omitted|photo|video|sticker|voice message)[\]>】)]"
     r"|(?:image|video|audio|sticker|gif|document) omitted",
@@ -124,7 +127,7 @@ def script_lines(lines: list[str], passed: Counter[str], blanks: int = 1) -> Ite
         empty = 0
         spoken = SPOKEN.fullmatch(line)
         name = plain_name(spoken["name"]) if spoken else ""
-        if BREAK.fullmatch(line):
+        if BREAK.fullmatch(line) or name.casefold() in HEADINGS:
             passed["headings and rules"] += 1
         elif STAGE.fullmatch(line):
             passed["stage directions"] += 1
@@ -149,11 +152,19 @@ def chat_lines(lines: list[str], heads: re.Pattern[str], passed: Counter[str]) -
         if head:
             if current:
                 yield spoken_text(current)
+            # a day's own line (above) stands in for the date of the heads below it
             when = (head["date"] or last[0], minutes(head["clock"]))
             if last[1] >= 0 and (when[0] != last[0] or not 0 <= when[1] - last[1] <= PAUSE):
                 scene += 1
             last = when
             current = Line(f"line {number}", plain_name(head["name"]), head["text"].strip(), str(scene))
+        elif line and (day := DAY.fullmatch(line) or BREAK.fullmatch(line)):
+            passed["headings and rules"] += 1
+            if current:
+                yield spoken_text(current)
+            current = None
+            if day.re is DAY:
+                scene, last = scene + 1, (day["date"], -1)
         elif line and (stamp := STAMPED.match(line)) and (stamp["date"] or not last[0]):
             passed["notices of the chat program"] += 1
             if current:
@@ -182,7 +193,7 @@ def minutes(clock: str) -> int:
 def plain_name(name: str) -> str:
     """A speaker's name without stage directions, bold marks, and the number that QQ appends."""
     name = unicodedata.normalize("NFKC", name[:100])
-    name = re.sub(r"\((?!\s*$)[^)]*\)\s*$|<[^>]*>\s*$", "", name)
+    name = re.sub(r"\([^)]*\)\s*$|\[[^\]]*\]\s*$|<[^>]*>\s*$", "", name)
     return name.strip().strip("*_~ ").strip()
 
 
