@@ -169,6 +169,11 @@ TestRotation = Rotation.TestCase
 TestRotation.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
 
 
+@pytest.mark.slow
+class TestTwoThousandRotations(Rotation.TestCase):  # type: ignore[name-defined,misc]
+    settings = settings(max_examples=2000, stateful_step_count=30, deadline=None)
+
+
 def test_a_checkpoint_that_is_passed_over_is_named(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     save(run, 10)
