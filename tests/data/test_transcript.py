@@ -112,10 +112,10 @@ def test_qq_and_wechat() -> None:
 
 
 def test_a_chat_with_a_line_for_each_day() -> None:
-    text = "记录\n——  2023-05-01  ——\n\n小明  08:01\n早\n小红  08:02\n早！\n\n——  2023-05-02  ——\n\n小红  08:03\n又早\n"
+    text = "记录\n——  2023-05-01  ——\n\n小明  08:01\n早\n小红  08:02\n早！\n----\n#公园\n\n——  2023-05-02  ——\n\n小红  08:03\n又早\n"
     found = parse_transcript(text)
-    assert shown(found) == [[("小明", "早"), ("小红", "早！")], [("小红", "又早")]]
-    assert found.passed == {"headings and rules": 2, "lines before the first message": 1}
+    assert shown(found) == [[("小明", "早"), ("小红", "早！\n#公园")], [("小红", "又早")]]
+    assert found.passed == {"headings and rules": 3, "lines before the first message": 1}
 
 
 def test_a_word_for_place_or_time_is_no_speaker() -> None:

@@ -34,7 +34,8 @@ STAMPED = re.compile(rf"{WHEN}(?:\s|$)")
 SPOKEN = re.compile(r"(?P<name>[^:：]{1,30})[:：](?!//)\s*(?P<text>.*)")
 NO_NAME = re.compile(r"[。！？!?，,；;“”\"…、《》/\\=]|^\W*\d[\d\W]*$")
 STAGE = re.compile(r"[（(【\[][^）)】\]]*[）)】\]]")
-BREAK = re.compile(r"[-—–*=_~#·\s]{3,}|#.*|第.{1,5}[场幕集章回折](?:\s.*)?")
+RULE = re.compile(r"[-—–*=_~#·\s]{3,}")
+BREAK = re.compile(rf"{RULE.pattern}|#.*|第.{{1,5}}[场幕集章回折](?:\s.*)?")
 HEADINGS = frozenset(["场景", "时间", "地点", "人物", "景别", "备注", "scene", "time", "place", "setting", "characters"])
 """What stands before a colon and is no speaker."""
 DAY = re.compile(rf"[-—–=*#\s]{{2,}}(?P<date>{DATE})[-—–=*#\s]{{2,}}")
@@ -158,13 +159,13 @@ def chat_lines(lines: list[str], heads: re.Pattern[str], passed: Counter[str]) -
                 scene += 1
             last = when
             current = Line(f"line {number}", plain_name(head["name"]), head["text"].strip(), str(scene))
-        elif line and (day := DAY.fullmatch(line) or BREAK.fullmatch(line)):
+        elif day := DAY.fullmatch(line):
             passed["headings and rules"] += 1
             if current:
                 yield spoken_text(current)
-            current = None
-            if day.re is DAY:
-                scene, last = scene + 1, (day["date"], -1)
+            current, scene, last = None, scene + 1, (day["date"], -1)
+        elif line and RULE.fullmatch(line):
+            passed["headings and rules"] += 1
         elif line and (stamp := STAMPED.match(line)) and (stamp["date"] or not last[0]):
             passed["notices of the chat program"] += 1
             if current:
