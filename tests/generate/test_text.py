@@ -10,6 +10,8 @@ from tnl.model.load import BaiChuanTokenizer
 TOKENIZER = BaiChuanTokenizer.from_pretrained(Path(__file__).parents[1] / "golden" / "tokenizer")
 BYTES = [TOKENIZER.sp_model.piece_to_id(f"<0x{b:02X}>") for b in range(256)]
 
+LETTERS = st.one_of(st.sampled_from("甄嬛 你好ab\n\t 👩‍👩‍👧é😀𠮷〇，"), st.characters(exclude_categories=["Cs"]))
+
 
 def stream(ids: list[int], *stop: str) -> list[str]:
     text = TextStream(TOKENIZER, stop)

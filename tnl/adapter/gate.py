@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -151,7 +151,7 @@ def check_names(folder: Path, values: dict[str, Any]) -> None:
 
 def expected_tensors(model: nn.Module, config: LoraConfig, file: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of all that a file must hold for these settings on this model: asked of peft, on a twin without memory."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     with torch.device("meta"):
         twin = type(base)(base.config)
     linear = [name for name, module in twin.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]

@@ -93,7 +93,8 @@ def describe(
         hub=hub_name,
         revision=revision,
     )
-    return Metadata(described, template and template.name, template and template.hash, system, dict(generation or {}))
+    name, digest_ = (None, None) if template is None else (template.name, template.hash)
+    return Metadata(described, name, digest_, system, dict(generation or {}))
 
 
 def write_metadata(folder: Path, metadata: Metadata) -> None:

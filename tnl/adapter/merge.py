@@ -1,0 +1,190 @@
+"""`tnl merge`: base and adapter as one model that needs no peft."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tnl import paths
+from tnl.adapter.load import adapter_folder, base_folder, load_adapter
+from tnl.adapter.metadata import describe, read_adapter_metadata, template_of, write_metadata
+from tnl.errors import ModelError, NumbersError
+from tnl.model.convert import HEAD, as_dtype, headers, weight_files
+from tnl.model.load import load_model, load_tokenizer
+from tnl.storage import require_space, staged, write_json
+
+SHARD = 4 << 30
+"""Bytes of one file of weights."""
+PROBE = 64
+"""Tokens that adapter and merged model are compared on."""
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+"""Largest difference of logits, as a share of the largest logit, beyond which the merged model is not written."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """How far the merged model is from base and adapter, on a probe."""
+
+    difference: float
+    """Largest difference of two logits."""
+    largest: float
+    """The largest logit."""
+    same: float
+    """Share of the probe's tokens after which both find the same next token most probable."""
+    dtype: torch.dtype
+    parameters: int
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"largest difference of logits between adapter and merged model: {self.difference:.2g} (the largest logit is "
+            f"{self.largest:.3g}; most probable next token equal at {self.same:.0%} of {PROBE} positions; {dtype})"
+        )
+
+
+def run(run: str | Path, out: str | Path, dtype: str | None = None) -> None:
+    """Merge the adapter of a run (or an adapter's own folder) into its base and write the model to `out`.
+
+    dtype: of the merged weights; None or auto is the base's own. `out` must not exist, or be empty; it is there whole or not at all.
+    Raises ModelError, NumbersError (not finite, or the merged model answers otherwise), StorageError.
+    """
+    adapter, target = adapter_folder(run), free_folder(out)
+    base = base_folder(adapter)
+    metadata = read_adapter_metadata(adapter)
+    template = template_of(metadata, adapter)
+    chosen = stored_dtype(base) if dtype in (None, "auto") else as_dtype(dtype or "")
+    tokenizer = load_tokenizer(base)
+    require_space(target, sum(math.prod(shape) * chosen.itemsize for file in weight_files(base) for shape, _ in headers(file).values()))
+    model = load_adapter(load_model(base, dtype=chosen, device="cpu"), adapter)
+    probe = torch.randint(3, len(tokenizer), (1, PROBE), generator=torch.Generator().manual_seed(0))
+    before = logits_of(model, probe)
+    merged = merge(model)
+    del model
+    if target.is_dir():
+        target.rmdir()
+    with staged(target, {"kind": "merged model"}) as folder:
+        save_model(merged, folder)
+        tokenizer.save_pretrained(folder)
+        save_generation(merged, metadata.generation, folder)
+        parameters = sum(p.numel() for p in merged.parameters())
+        del merged
+        # what counts is what a reader of the folder gets
+        report = compare(before, logits_of(load_model(folder, dtype=chosen, device="cpu"), probe), chosen, parameters)
+        described = describe(folder, str(folder), template=template, system=metadata.system, generation=metadata.generation)
+        assert described.base is not None
+        write_metadata(folder, replace(described, base=replace(described.base, path=".", name=target.name)))
+    print(f"merged: {target}")
+    print(report)
+    print(f"Talk to it: tnl chat {target}")
+
+
+def free_folder(out: str | Path) -> Path:
+    """The folder to write, which must not exist or be empty. Raises ModelError."""
+    try:
+        target = paths.absolute(str(out))
+    except KeyError as error:
+        raise ModelError(str(out), f"${error.args[0]} is not set", "Set it, or write the path out") from None
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise ModelError(target, "is in the way (needed: a folder that does not exist)", "Name another one")
+    if target.is_dir():
+        found = sorted(entry.name for entry in target.iterdir())
+        if found:
+            raise ModelError(target, f"is not empty (found {', '.join(found[:3])})", "Name a folder that does not exist")
+    return target
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of a model folder's embedding."""
+    found = [dtype for file in weight_files(folder) for name, (_, dtype) in headers(file).items() if name.endswith("embed_tokens.weight")]
+    return found[0]
+
+
+@torch.no_grad()
+def merge(model: PeftModel) -> nn.Module:
+    """The base with every adapted weight changed for good, one tensor at a time, each computed in float32.
+
+    Raises ModelError for a quantised base, NumbersError where a merged weight is not finite.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        weights: Any = module.get_base_layer()
+        if not weights.weight.is_floating_point():
+            raise ModelError("", f"{name} is quantised, and merging into it would change the answers", "Merge into the 16-bit base")
+        kept = {key: p.dtype for key, p in weights.named_parameters()}
+        weights.float()
+        module.merge(safe_merge=False)  # type: ignore[operator]
+        for key, parameter in weights.named_parameters():
+            parameter.data = parameter.data.to(kept[key])
+            if not bool(parameter.isfinite().all()):
+                where = name.removeprefix("base_model.model.")
+                raise NumbersError(f"{where}.{key}", "is not finite once merged, so nothing was written", "Use an earlier checkpoint")
+    merged: nn.Module = model.unload()  # type: ignore[operator]
+    return merged.requires_grad_(False).eval()
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Write config.json and safetensors in shards with an index, under the published names."""
+    tied = {HEAD} if model.config.tie_word_embeddings else set()
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if filled and filled + size > SHARD:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += size
+    model.config.dtype = next(model.parameters()).dtype
+    model.config.save_pretrained(folder)
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    names = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        names |= dict.fromkeys(shard, file)
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": names})
+
+
+def save_generation(model: Any, settings: dict[str, Any], folder: Path) -> None:
+    """The base's generation settings, with those of the adapter's recipe in their place, for plain transformers."""
+    config = model.generation_config
+    # transformers refuses to save what greedy decoding would not look at
+    idle = ("temperature", "top_k", "top_p") if settings.get("do_sample") is False else ()
+    for name in ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty"):
+        if name in settings:
+            setattr(config, name, None if name in idle else settings[name])
+    config.save_pretrained(folder)
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits [1, T, V] float32 of the probe."""
+    return model(input_ids=ids, use_cache=False).logits.float()
+
+
+def compare(before: Tensor, after: Tensor, dtype: torch.dtype, parameters: int) -> Report:
+    """The report. Raises NumbersError where the two are further apart than rounding explains."""
+    report = Report(
+        float((before - after).abs().max()),
+        float(before.abs().max()),
+        float((before.argmax(-1) == after.argmax(-1)).float().mean()),
+        dtype,
+        parameters,
+    )
+    bound = BOUNDS.get(dtype, 1e-4)
+    if not report.difference <= bound * max(report.largest, 1.0):
+        raise NumbersError("", f"the merged model answers otherwise: {report}", "Merge with --dtype float32")
+    return report

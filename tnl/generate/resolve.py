@@ -1,0 +1,144 @@
+"""What MODEL_OR_RUN means: a run, an adapter, a model or a merged one, made ready to talk. Chat, generate and the server ask here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypedDict
+
+from tnl import hub
+from tnl.adapter.gate import CONFIG
+from tnl.adapter.load import base_folder, load_adapter
+from tnl.adapter.metadata import METADATA, Metadata, read_adapter_metadata, read_json, template_of, tokenizer_hash
+from tnl.data.template import TEMPLATES, Template
+from tnl.errors import ModelError, RecipeError
+from tnl.generate.conversation import Conversation
+from tnl.generate.sampling import Settings
+from tnl.model.load import load_model, load_tokenizer
+from tnl.model.tokenization_baichuan import VOCAB_FILE, BaiChuanTokenizer
+from tnl.run_dir import RunDir, checkpoints
+from tnl.sections import GenerationSection
+
+
+class Options(TypedDict, total=False):
+    """The options that chat and generate share; None or absent: what the adapter or model says."""
+
+    system: str | None
+    template: str | None
+    temperature: float | None
+    top_p: float | None
+    max_new_tokens: int | None
+    seed: int | None
+    base: str | None
+    device: str
+    dtype: str
+
+
+@dataclass
+class Talker:
+    """A model with all that is needed to ask it as it was taught."""
+
+    model: Any
+    tokenizer: BaiChuanTokenizer
+    template: Template
+    system: str | None
+    settings: Settings
+    name: str
+    """For people: "output/huanhuan on TransNormerLLM-385M"."""
+    seed: int | None = None
+    notices: list[str] = field(default_factory=list)
+    """What a person should know before the first answer, one line each."""
+
+    def conversation(self) -> Conversation:
+        """A new conversation; any number can share the model."""
+        return Conversation(self.model, self.tokenizer, self.template, self.system, self.settings, self.seed)
+
+
+def resolve(word: str, options: Options | None = None) -> Talker:
+    """Load what the word names: a run's folder, an adapter's, a model's (merged or not), demo, or a repository.
+
+    Raises ModelError where it is none of these or its parts do not belong together, RecipeError for an option that cannot apply.
+    """
+    options = options or {}
+    folder = hub.resolve(word)
+    notices: list[str] = []
+    adapter = find_adapter(folder, notices)
+    if adapter is None and options.get("base") is not None:
+        raise RecipeError("--base", f"{word} is a model, not an adapter, and needs no base", "Leave --base out")
+    weights = folder if adapter is None else base_folder(adapter, options.get("base"))
+    if adapter is None and (folder / "adapter").is_dir() and not (folder / "config.json").is_file():
+        weights = folder / "adapter"  # a run that trained every weight
+    taught = adapter or weights
+    metadata = read_adapter_metadata(taught)
+    template = choose_template(metadata, taught, options.get("template"), notices)
+    tokenizer = load_own_tokenizer(weights, metadata, taught)
+    model: Any = load_model(weights, dtype=options.get("dtype", "auto"), device=options.get("device", "auto"))
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    settings = choose_settings(metadata, weights).changed(
+        **{name: options.get(name) for name in ("temperature", "top_p", "max_new_tokens")}
+    )
+    system = metadata.system if options.get("system") is None else options["system"]
+    name = word if adapter is None else f"{word} on {metadata.base.name if metadata.base else weights.name}"
+    return Talker(model, tokenizer, template, system or None, settings, name, options.get("seed"), notices)
+
+
+def find_adapter(folder: Path, notices: list[str]) -> Path | None:
+    """The adapter that a folder is or holds; None for a model's folder. Raises ModelError where it is neither."""
+    if (folder / "config.json").is_file():
+        if (folder / CONFIG).is_file():
+            notices.append(f"{folder.name} holds a model and an adapter: the model alone is used")
+        return None
+    if (folder / CONFIG).is_file():
+        return folder
+    run = RunDir(folder)
+    if (run.adapter / CONFIG).is_file():
+        return run.adapter
+    if (run.adapter / "config.json").is_file():
+        return None
+    for step, checkpoint in checkpoints(run):
+        if (checkpoint / CONFIG).is_file():
+            notices.append(f"the run is not finished: this is its checkpoint of step {step}")
+            return checkpoint
+    if run.metadata.is_file():
+        raise ModelError(folder, "the run has saved no adapter yet", f"Continue it: tnl resume {folder}")
+    found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
+    raise ModelError(folder, f"is no model, adapter or run (found {found})", "A model has config.json, an adapter adapter_config.json")
+
+
+def choose_template(metadata: Metadata, folder: Path, wanted: str | None, notices: list[str]) -> Template:
+    """The template it was taught with; another is refused, and without a record chatml is taken. Raises ModelError, RecipeError."""
+    taught = template_of(metadata, folder)
+    if wanted is not None and wanted not in TEMPLATES:
+        raise RecipeError("--template", f'no template is called "{wanted}"', f"There are {', '.join(TEMPLATES)}")
+    if taught is None:
+        if wanted is None:
+            notices.append(f"no template is recorded in {folder.name}: chatml is used (--template takes another)")
+        return TEMPLATES[wanted or "chatml"]
+    if wanted not in (None, taught.name):
+        what = f'it was taught with the template "{taught.name}", not "{wanted}"'
+        raise ModelError(folder / METADATA, what, "Leave --template out")
+    return taught
+
+
+def load_own_tokenizer(weights: Path, metadata: Metadata, taught: Path) -> BaiChuanTokenizer:
+    """The tokenizer of the base; refused where it is not the one that the adapter was trained with. Raises ModelError."""
+    folder = weights
+    if not (weights / VOCAB_FILE).is_file() and metadata.base is not None and weights == taught:
+        folder = base_folder(taught)
+    tokenizer = load_tokenizer(folder)
+    if metadata.base is not None and metadata.base.tokenizer and tokenizer_hash(folder) != metadata.base.tokenizer:
+        what = f"is not the tokenizer that {taught.name} was trained with"
+        raise ModelError(folder / VOCAB_FILE, what, f"Copy {VOCAB_FILE} of {metadata.base.name} there")
+    return tokenizer
+
+
+def choose_settings(metadata: Metadata, weights: Path) -> Settings:
+    """How answers are drawn: as the adapter says, else as the model's generation_config.json does, else as a recipe's defaults."""
+    if metadata.generation:
+        return Settings.of(metadata.generation)
+    file = weights / "generation_config.json"
+    if file.is_file():
+        # what transformers takes where such a file is silent
+        return Settings.of({"do_sample": False, "top_k": 50, "max_new_tokens": 512, **read_json(file)})
+    return Settings.of(GenerationSection.model_validate({}).model_dump())
