@@ -216,12 +216,11 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,  # [B, T], -100 where a token is not supervised
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        return_dict: bool | None = None,
-        **kwargs: Any,  # num_items_in_batch: what the summed loss is divided by
+        **kwargs: Any,  # output_hidden_states, return_dict; num_items_in_batch: what the summed loss is divided by
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Arguments as TransnormerModel.forward. The loss is the usual shift by one; no sequence predicts the next one's first token."""
+        as_dict = kwargs.pop("return_dict", None) is not False
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -229,7 +228,7 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=False if labels is not None and use_cache is None else use_cache,
-            output_hidden_states=output_hidden_states,
+            output_hidden_states=kwargs.pop("output_hidden_states", None),
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
         logits = self.lm_head(out.last_hidden_state[:, kept if isinstance(logits_to_keep, int) else logits_to_keep])
@@ -239,7 +238,7 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
                 labels = labels.masked_fill(sequence_starts(position_ids), -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         result = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states)
-        return result if return_dict is not False else result.to_tuple()
+        return result if as_dict else result.to_tuple()
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
