@@ -1,5 +1,6 @@
 """The loss of a model on records, by rows: no logits of a whole sequence ever exist, so evaluating takes less memory than training."""
 
+import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 
 from tnl.data.collate import collate_rows
 from tnl.data.packing import pack
-from tnl.errors import DataError, NumbersError
+from tnl.errors import DataError, MemoryBudgetError, NumbersError
 
 IGNORED = -100
+SMALLEST_BUDGET = 64
+"""Tokens: shorter rows than this are not tried when memory runs out."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,28 @@ def loss(
 ) -> Perplexity:
     """Measure `model` on `records` ({"id", "input_ids", "labels"}), in rows of at most `row_budget` tokens (a longer record has one alone).
 
-    chunk: positions whose logits exist at once. after_row is called after every row and may raise to stop.
-    Draws no random numbers and leaves the model's mode as it was. Raises DataError where nothing is supervised, NumbersError
-    naming the record whose loss is not finite.
+    chunk: positions whose logits exist at once. Where memory runs out, both are halved. after_row is called after every row and may
+    raise to stop. Draws no random numbers and leaves the model's mode as it was. Raises DataError where nothing is supervised,
+    NumbersError naming the record whose loss is not finite, MemoryBudgetError.
     """
+    while True:
+        try:
+            return measure(model, records, row_budget, chunk, after_row)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        release_memory()
+        if row_budget <= SMALLEST_BUDGET:
+            longest = max(len(record["input_ids"]) for record in records)
+            what = f"out of memory while measuring records (the longest has {longest} tokens)"
+            raise MemoryBudgetError("", what, f"This would fit: data.max_length={max(longest // 2, 8)}.")
+        row_budget, chunk = row_budget // 2, max(chunk // 2, SMALLEST_BUDGET)
+
+
+def measure(
+    model: nn.Module, records: Sequence[Mapping[str, Any]], row_budget: int, chunk: int, after_row: Callable[[], None] | None
+) -> Perplexity:
+    """One attempt of `loss`."""
     device = next(model.parameters()).device
     total, tokens = 0.0, 0
     with evaluating(model), torch.inference_mode():
@@ -84,9 +105,8 @@ def loss(
             sums = list(per_record(row, losses))
             for record, value in zip(row, sums):
                 if not math.isfinite(value):
-                    raise NumbersError(
-                        record["id"], f"the loss of this record is {value}", "Look at the record and at the base model's weights."
-                    )
+                    todo = "Look at the record and at the base model's weights."
+                    raise NumbersError(record["id"], f"the loss of this record is {value}", todo)
             total, tokens = total + math.fsum(sums), tokens + len(losses)
             if after_row is not None:
                 after_row()
@@ -124,3 +144,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; the CPU's allocator has no error class of its own."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ("can't allocate memory", "out of memory"))
+
+
+def release_memory() -> None:
+    """Give back what a failed attempt held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

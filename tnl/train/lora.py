@@ -28,6 +28,10 @@ REFUSED = {
     "layer_replication": "peft knows the layers of other architectures only",
     "monteclora_config": "it adds a loss of its own",
     "use_qalora": "it needs a GPTQ base",
+    "fan_in_fan_out": "this model's layers are stored the other way round",
+    "target_parameters": "this model has modules for all its weights: name them in target_modules",
+    "use_bdlora": "such an adapter cannot be loaded by tnl chat",
+    "velora_config": "such an adapter cannot be loaded by tnl chat",
     "runtime_config": "it is about loading, not training",
     "inference_mode": "an adapter in inference mode is not trained",
 }
@@ -59,9 +63,9 @@ def attach(model: nn.Module, section: LoraSection | None, where: str, seed: int,
     config = make_config(model, section, where, say)
     seed_all(seed_of(seed, -1))
     try:
-        # peft warns of what targets.resolve has made sure of
+        # peft warns of what targets.resolve has made sure of, and asks transformers by a name that is going out of use
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
+            warnings.simplefilter("ignore")
             peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)  # type: ignore[arg-type]
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise ModelError(f"{where}:lora", f"peft refuses it: {first_line(error)}", "Change that field, or leave it out.") from error

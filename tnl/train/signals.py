@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -12,20 +13,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopSignals:
     """While it is entered, the first signal only sets `requested`; a second one ends the process at once, which harms no file.
 
-    Before `ready()` nothing is worth saving: a signal ends the process as it would without us.
+    Python lets the main thread alone handle signals: in another (a notebook's) it does nothing.
     """
 
     def __init__(self) -> None:
         self.requested: int | None = None
-        self.waits = False
         self.before: dict[int, Any] = {}
 
-    def ready(self) -> None:
-        """From now on a signal lets the step be finished and saved."""
-        self.waits = True
-
     def __enter__(self) -> "StopSignals":
-        for number in SIGNALS:
+        for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
             self.before[number] = signal.signal(number, self.handle)
         return self
 
@@ -34,7 +30,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is not None or not self.waits:
+        if self.requested is not None:
             # os._exit: neither a library nor a finally clause may delay or catch it; saving is staged, so no half checkpoint is left
             sys.stderr.flush()
             os._exit(128 + number)

@@ -4,7 +4,6 @@ The loss is the mean over all supervised tokens of the step, however its records
 or padded give the same gradients within float error, and so does a last step of fewer records.
 """
 
-import gc
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -20,10 +19,16 @@ from torch.utils.checkpoint import checkpoint
 from tnl.data.collate import collate_padded, collate_rows
 from tnl.data.packing import pack
 from tnl.errors import DataError, MemoryBudgetError
-from tnl.evaluate.perplexity import causal_lm, count_supervised, hidden_states, supervised_positions
+from tnl.evaluate.perplexity import (
+    SMALLEST_BUDGET,
+    causal_lm,
+    count_supervised,
+    hidden_states,
+    is_out_of_memory,
+    release_memory,
+    supervised_positions,
+)
 from tnl.kernels.linear_cross_entropy import linear_cross_entropy
-
-SMALLEST_BUDGET = 64
 
 
 @dataclass
@@ -39,6 +44,16 @@ class Rows:
     """Positions whose logits exist at once."""
     label_smoothing: float = 0.0
     say: Callable[[str], None] = print
+
+    def state(self, model: nn.Module) -> dict[str, Any]:
+        """What a checkpoint keeps, so that a resumed run lays out its rows, and rounds, as before."""
+        return {"budget": self.budget, "padded": self.padded, "chunk": self.chunk, "checkpointing": checkpoints(model)}
+
+    def restore(self, state: dict[str, Any], model: nn.Module) -> None:
+        """Take a checkpoint's layout."""
+        self.budget, self.padded, self.chunk = state["budget"], state["padded"], state["chunk"]
+        if state["checkpointing"] and not checkpoints(model):
+            enable_checkpointing(model)
 
     def batches(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Tensor]]:
         """The rows as tensors on the CPU."""
@@ -171,20 +186,6 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)  # every GPU's as well
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; the CPU's allocator has no error class of its own."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in ("can't allocate memory", "out of memory"))
-
-
-def release_memory() -> None:
-    """Give back what a failed attempt held."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def too_large(records: Sequence[dict[str, Any]]) -> tuple[str, str]:

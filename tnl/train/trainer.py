@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, TrainerState
 
-from tnl.errors import MemoryBudgetError, RecipeError
+from tnl.errors import RecipeError
 from tnl.evaluate import perplexity
 from tnl.run_dir import RunDir, check_checkpoint, rotate
 from tnl.storage import require_space, staged
@@ -20,7 +20,7 @@ from tnl.train import checkpoint
 from tnl.train.arguments import Settings
 from tnl.train.guard import Guard
 from tnl.train.order import Batch, StepSampler
-from tnl.train.step import SMALLEST_BUDGET, Rows, is_out_of_memory, release_memory, seed_all, seed_of, step
+from tnl.train.step import Rows, seed_all, seed_of, step
 
 Record = dict[str, Any]
 
@@ -120,7 +120,7 @@ class TnlTrainer(Trainer):
         self.clock.tokens += result.tokens
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
-            release_memory()
+            perplexity.release_memory()
         return result.loss
 
     def loss_of(self, record: Record) -> float:
@@ -172,27 +172,14 @@ class TnlTrainer(Trainer):
         start = time.monotonic()
         self.optimizer_mode("eval")
         with self.clock.paused():
-            result = self.measure(self.eval_records if eval_dataset is None else eval_dataset)
+            records = self.eval_records if eval_dataset is None else eval_dataset
+            result = perplexity.loss(self.net, records, self.rows.budget, chunk=self.rows.chunk, after_row=self.stop_measuring)
         seconds = round(time.monotonic() - start, 3)
         named = {"loss": result.loss, "perplexity": result.value, "tokens": result.tokens, "seconds": seconds}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in named.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def measure(self, records: Sequence[Record]) -> perplexity.Perplexity:
-        """Loss on records; where memory runs out, in smaller rows."""
-        budget, chunk = self.rows.budget, self.rows.chunk
-        while True:
-            try:
-                return perplexity.loss(self.net, records, budget, chunk=chunk, after_row=self.stop_measuring)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            release_memory()
-            if budget <= SMALLEST_BUDGET:
-                raise MemoryBudgetError("", "out of memory while measuring the held-out records", "This would fit: data.max_length=256.")
-            budget, chunk = budget // 2, max(chunk // 2, SMALLEST_BUDGET)
 
     def stop_measuring(self) -> None:
         if self.stop_requested():
@@ -248,7 +235,7 @@ class TnlTrainer(Trainer):
             self.store_flos()
             extra = {
                 "step": self.state.global_step,
-                "row_budget": self.rows.budget,
+                "rows": self.rows.state(self.net),
                 "supervised": self.supervised,
                 "loss_sum": float(self._tr_loss),
                 "last_logged": self._globalstep_last_logged,
@@ -281,7 +268,8 @@ class TnlTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         self.resumed = check_checkpoint(folder, int(folder.name.rpartition("-")[2]))
         checkpoint.load_weights(self.net, folder)
-        self.supervised = self.resumed.get("supervised", 0)
+        self.rows.restore(self.resumed["rows"], self.net)
+        self.supervised = self.resumed["supervised"]
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is not None:

@@ -1,0 +1,86 @@
+"""Sample answers: the same questions before and after training, side by side."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tnl.data.template import stop_ids
+from tnl.errors import DataError
+from tnl.evaluate.perplexity import IGNORED, evaluating
+from tnl.generate.decode import generate_ids
+from tnl.generate.sampling import Settings
+from tnl.model.tokenization_baichuan import BaiChuanTokenizer
+from tnl.storage import write_text
+
+COUNT = 4
+LONGEST_ANSWER = 64
+"""Tokens: enough to hear a voice."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A question, what the records answer, and what the model did."""
+
+    id: str
+    question: str
+    expected: str
+    before: str | None = None
+    after: str | None = None
+
+
+def choose(records: Sequence[dict[str, Any]], tokenizer: BaiChuanTokenizer, count: int = COUNT) -> tuple[list[Sample], list[list[int]]]:
+    """Questions for samples, and the ids that ask them: the first records with different questions, up to their first answer."""
+    samples: list[Sample] = []
+    prompts: list[list[int]] = []
+    for record in records:
+        ids, labels = record["input_ids"], record["labels"]
+        start = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
+        if start < 2:  # a plain text: its first half asks for the second
+            start = (len(ids) + 1) // 2
+        end = next((i for i in range(start, len(ids)) if labels[i] == IGNORED), len(ids))
+        if ids[:start] in prompts or start == len(ids):
+            continue
+        prompts.append(ids[:start])
+        samples.append(Sample(str(record["id"]), decode(tokenizer, ids[:start]), decode(tokenizer, ids[start:end])))
+        if len(samples) == count:
+            break
+    return samples, prompts
+
+
+def answer(model: nn.Module, tokenizer: BaiChuanTokenizer, prompts: Sequence[Sequence[int]], settings: Settings, seed: int) -> list[str]:
+    """One answer a prompt. Draws from generators of its own: a run is the same with and without samples."""
+    settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, LONGEST_ANSWER))
+    stops = stop_ids(tokenizer)
+    with evaluating(model):
+        made = [list(generate_ids(model, list(ids), settings, stop_ids=stops, seed=seed)) for ids in prompts]
+    return [decode(tokenizer, ids) for ids in made]
+
+
+def decode(tokenizer: BaiChuanTokenizer, ids: Sequence[int]) -> str:
+    """The text of ids, control tokens left out."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+def write(samples: Sequence[Sample], path: Path) -> None:
+    """One JSON object a line, replaced in one step. Raises StorageError."""
+    write_text(path, "".join(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples))
+
+
+def read(path: Path) -> list[Sample]:
+    """The samples of a run; none where there is no file. Raises DataError where it is damaged."""
+    if not path.exists():
+        return []
+    try:
+        return [Sample(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, TypeError) as error:
+        raise DataError(path, f"cannot be read ({error})", "Remove it.") from None
+
+
+def short(text: str | None, limit: int = 160) -> str:
+    """A text for a table: its end, since a prompt ends in the question."""
+    text = (text or "").strip()
+    return text if len(text) <= limit else "..." + text[-limit:]

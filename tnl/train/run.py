@@ -1,0 +1,275 @@
+"""`tnl train` and `tnl resume`: the pipeline on one screen."""
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from tnl import hub
+from tnl.adapter.load import load_adapter
+from tnl.adapter.metadata import describe, write_metadata
+from tnl.data.build import Dataset, build
+from tnl.data.files import find_files
+from tnl.data.template import TEMPLATES
+from tnl.errors import ModelError, NumbersError
+from tnl.evaluate import generation
+from tnl.evaluate.perplexity import evaluating
+from tnl.generate.sampling import Settings as Sampling
+from tnl.model.configuration_transnormer import TransnormerConfig
+from tnl.model.convert import read_config, weight_files
+from tnl.model.load import load_model, load_tokenizer, pick_device
+from tnl.model.tokenization_baichuan import BaiChuanTokenizer
+from tnl.recipe import Recipe, dump, load
+from tnl.run_dir import RunDir, fingerprint, hold, latest_valid, open_run
+from tnl.storage import staged
+from tnl.train import arguments, callbacks, checkpoint, lora, plan
+from tnl.train.signals import StopSignals
+from tnl.train.step import Rows
+from tnl.train.trainer import TnlTrainer
+
+console = Console(highlight=False, soft_wrap=True)
+TOLERANCE = 1e-4
+"""How far the logits of the saved adapter, loaded anew, may be from those of the one in memory, relative to the largest."""
+
+
+def run(recipe_path: Path, overrides: Sequence[str] = (), *, memory: float | None = None) -> RunDir:
+    """Train as the recipe says; an unfinished run of the same fingerprint goes on, a finished one is left as it is.
+
+    memory: GiB of the GPU that this process may use (default: what there is). Returns the run's folder.
+    Raises a TnlError for whatever a person can mend, SystemExit 143 or 130 after a signal and a safe save.
+    """
+    return train(load(recipe_path, overrides), memory)
+
+
+def resume(run_path: Path) -> RunDir:
+    """Continue the run in a folder by its own recipe. Raises ModelError where it is none."""
+    found = RunDir(Path(run_path).expanduser().absolute())
+    if not found.read_metadata() or not found.recipe.is_file():
+        raise ModelError(run_path, "is not the folder of a run (run.json or recipe.yaml is missing)", "Start one with tnl train RECIPE.")
+    return train(load(found.recipe, [f"train.output_dir={found.path}"]), None)
+
+
+def train(recipe: Recipe, memory: float | None) -> RunDir:
+    """The pipeline: recipe, tokenizer, data, model, LoRA, trainer, save."""
+    for line in recipe.notices:
+        say(line)
+    base = prepare(recipe, memory)
+    path = Path(recipe.train.output_dir)
+    facts = fingerprint_of(recipe, base)
+    if RunDir(path).read_metadata() and open_run(path, facts)[1] == "finished":
+        say(f"{path}: this run is finished: tnl chat {path}")
+        return RunDir(path)
+    data = build(recipe.data, base.tokenizer, seed=recipe.train.seed)  # type: ignore[arg-type]
+    show_data(data)
+    args, settings = arguments.build(recipe.train, str(recipe.path), path, base.device, bool(data.eval))
+    rows = plan_rows(recipe, base, data, memory)
+    loaded = load_model(base.folder, dtype=base.dtype, device=base.device, backend=recipe.model.backend)
+    model = lora.attach(loaded, recipe.lora, str(recipe.path), recipe.train.seed, say)
+    show_table(model)
+    work, _ = open_run(path, facts)
+    with hold(work):
+        folder, notices = latest_valid(work)
+        begin(work, recipe, folder, notices)
+        stop = StopSignals()
+        live = callbacks.Live(console, settings.plain)
+        watchers = [callbacks.Metrics(work.metrics), live]
+        trainer = TnlTrainer(model, args, settings, rows, data.train, data.eval, watchers, stop.asked)
+        rows.say = live.say
+        trainer.preflight()
+        samples = sample_before(work, recipe, base, data, model, folder)
+        with stop, closing(live):
+            trainer.train(resume_from_checkpoint=None if folder is None else str(folder))
+        if stop.requested:
+            interrupted(work, trainer, stop)
+        finish(work, recipe, base, trainer, samples)
+    return work
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model of a run, its weights not yet loaded."""
+
+    folder: Path
+    config: TransnormerConfig
+    tokenizer: BaiChuanTokenizer
+    device: torch.device
+    dtype: torch.dtype
+
+
+def prepare(recipe: Recipe, memory: float | None = None) -> Base:
+    """Find the base model and decide where it is trained, and in which numbers."""
+    folder = hub.resolve(recipe.model.path, recipe.model.hub, recipe.model.revision)
+    config = read_config(folder)
+    device = pick_device("cpu" if recipe.train.use_cpu else "auto")
+    if memory is not None:
+        plan.cap(device, memory)
+    wanted = recipe.model.dtype
+    if wanted == "auto":
+        # every weight in bfloat16 would lose most of its updates to rounding
+        half = arguments.asks_for_bfloat16(recipe.train) or (device.type == "cuda" and torch.cuda.is_bf16_supported() and recipe.lora)
+        wanted = "bfloat16" if half else "float32"
+    return Base(folder, config, load_tokenizer(folder, config), device, getattr(torch, wanted))
+
+
+def fingerprint_of(recipe: Recipe, base: Base) -> dict[str, Any]:
+    """What makes this run this run: the recipe's values, the contents of every file it reads."""
+    files = {"data": find_files(recipe.data.train)[0], "base": [base.folder / "config.json", *weight_files(base.folder)]}
+    if isinstance(recipe.data.eval, (str, list)):
+        files["eval"] = find_files(recipe.data.eval)[0]
+    tokenizer = base.folder / "tokenizer.model"
+    files["tokenizer"] = [tokenizer] if tokenizer.is_file() else []
+    return fingerprint(recipe, files, template=TEMPLATES[recipe.data.template].hash, dtype=str(base.dtype))
+
+
+def plan_rows(recipe: Recipe, base: Base, data: Dataset, memory: float | None) -> Rows:
+    """Rows that fit this machine, said in one line. Raises MemoryBudgetError before any weight is loaded."""
+    longest = max(len(record["input_ids"]) for record in [*data.train, *data.eval])
+    needs = plan.make(base.config, recipe.lora, base.dtype, base.device.type == "cuda", recipe.train.optim, str(recipe.path))
+    most = plan.GPU_ROW if base.device.type == "cuda" else plan.CPU_ROW
+    choice = plan.choose(needs, plan.here(base.device, memory), longest, recipe.train.gradient_checkpointing, most)
+    budget = plan.require(needs, choice, longest)
+    say(plan.words(needs, choice))
+    if choice.checkpointing and not recipe.train.gradient_checkpointing:
+        say("train.gradient_checkpointing is on, though the recipe has it off: without it nothing fits")
+        recipe.train.gradient_checkpointing = True
+    padded = recipe.train.per_device_train_batch_size if recipe.data.packing == "none" else None
+    return Rows(budget, padded, label_smoothing=recipe.train.label_smoothing_factor, say=say)
+
+
+def begin(work: RunDir, recipe: Recipe, folder: Path | None, notices: Sequence[str]) -> None:
+    """Say where the run starts, and leave its recipe in its folder."""
+    for line in notices:
+        say(line)
+    if folder is not None:
+        say(f"{work.path}: this run is unfinished; it goes on from {folder.name}")
+    dump(recipe, work.recipe)
+    versions = {name: version(name) for name in ("tnl", "torch", "transformers", "peft")}
+    work.update_metadata(status="unfinished", versions=versions, command=sys.argv)
+
+
+def sample_before(
+    work: RunDir, recipe: Recipe, base: Base, data: Dataset, model: nn.Module, folder: Path | None
+) -> tuple[list[generation.Sample], list[list[int]]]:
+    """Questions and the untrained model's answers; those of an interrupted run are kept."""
+    samples, prompts = generation.choose(data.eval or data.train, base.tokenizer)
+    kept = generation.read(work.samples)
+    if [sample.question for sample in kept] == [sample.question for sample in samples] and folder is not None:
+        return kept, prompts
+    if folder is None:
+        answers = generation.answer(model, base.tokenizer, prompts, Sampling.of(recipe.generation.model_dump()), recipe.train.seed)
+        samples = [replace(sample, before=text) for sample, text in zip(samples, answers)]
+        generation.write(samples, work.samples)
+    return samples, prompts
+
+
+def interrupted(work: RunDir, trainer: TnlTrainer, stop: StopSignals) -> None:
+    """After a signal: what was saved and how to go on."""
+    work.update_metadata(status="interrupted")
+    callbacks.draw(callbacks.read_metrics(work.metrics), work.plot)
+    say(f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved. Go on with: tnl resume {work.path}")
+    raise SystemExit(stop.exit_code)
+
+
+def finish(work: RunDir, recipe: Recipe, base: Base, trainer: TnlTrainer, samples: tuple[list[generation.Sample], list[list[int]]]) -> None:
+    """Keep the best weights, save them, load them anew and compare, answer the questions again, draw the curve."""
+    best = trainer.load_best()
+    lines = callbacks.read_metrics(work.metrics)
+    if note := callbacks.overfitting(lines, best is not None):
+        say(note)
+    trainer.optimizer_mode("eval")
+    folder = save(work, recipe, base, trainer.net)
+    asked, prompts = samples
+    answers = generation.answer(trainer.net, base.tokenizer, prompts, Sampling.of(recipe.generation.model_dump()), recipe.train.seed)
+    asked = [replace(sample, after=text) for sample, text in zip(asked, answers)]
+    generation.write(asked, work.samples)
+    callbacks.draw(lines, work.plot)
+    work.update_metadata(status="finished", steps=trainer.state.global_step, best_step=trainer.state.best_global_step)
+    show_samples(asked)
+    say(f"saved in {folder}. Talk to it: tnl chat {work.path if lora.is_adapted(trainer.net) else folder}")
+
+
+def save(work: RunDir, recipe: Recipe, base: Base, model: nn.Module) -> Path:
+    """Write the adapter (without LoRA: the whole model) with what is needed to use it; load it anew and compare. Returns its folder."""
+    adapted = lora.is_adapted(model)
+    final = work.adapter if adapted else work.path / "model"
+    model_section = recipe.model
+    about = describe(
+        final,
+        model_section.path,
+        hub_name=model_section.hub,
+        revision=model_section.revision,
+        template=TEMPLATES[recipe.data.template],
+        system=recipe.data.system,
+        generation=recipe.generation.model_dump(),
+    )
+    with staged(final, None, checkpoint.estimate_bytes(model)) as folder:
+        checkpoint.save_weights(model, folder, model_section.path)
+        write_metadata(folder, about)
+        if not adapted:
+            base.tokenizer.save_pretrained(folder)
+    if adapted:
+        compare(model, final, base)
+    return final
+
+
+def compare(model: nn.Module, folder: Path, base: Base) -> None:
+    """Put the saved adapter on the base anew and hold its logits against those in memory. Raises NumbersError where they differ."""
+    probe = torch.arange(16, device=base.device)[None] % base.config.vocab_size
+    with evaluating(model), torch.inference_mode():
+        mine = model(input_ids=probe).logits.float()
+        bare: Any = model.unload()  # type: ignore[operator]  # the base alone, as it is now: nobody trains any more
+        theirs = load_adapter(bare, folder)(input_ids=probe).logits.float()
+    difference = float((mine - theirs).abs().max() / mine.abs().max().clamp(min=1e-9))
+    if not difference <= TOLERANCE:
+        raise NumbersError(folder, f"the saved adapter answers differently from the trained one (by {difference:.1e})", "Please report it.")
+
+
+@contextlib.contextmanager
+def closing(live: callbacks.Live) -> Iterator[None]:
+    """Whatever happens, the terminal is left as it was."""
+    try:
+        yield
+    finally:
+        live.close()
+
+
+def say(line: str) -> None:
+    """A line for the person."""
+    console.print(line, markup=False)
+
+
+def show_data(data: Dataset) -> None:
+    """What was read, in a line or two."""
+    report = data.report
+    held = f", {report.eval_records:,} held out" if report.eval_records else ""
+    lost = "".join(f", {count:,} {what}" for count, what in ((report.truncated, "cut"), (report.dropped, "dropped")) if count)
+    learned = f"{report.tokens:,} tokens, {report.supervised:,} of them learned ({report.template})"
+    say(f"data: {report.train_records:,} records{held}{lost}; {learned}")
+    for line in report.notices:
+        say(f"data: {line}")
+
+
+def show_table(model: nn.Module) -> None:
+    """Name, layers, parameters of all that is trained."""
+    table = Table("trained", "layers", "parameters", box=None, pad_edge=False)
+    for row in lora.table(model):
+        table.add_row(row.name, str(row.layers), f"{row.parameters:,}")
+    console.print(table)
+    trained, everything = lora.count_parameters(model)
+    say(f"{trained:,} of {everything:,} parameters are trained ({trained / everything:.2%})")
+
+
+def show_samples(samples: Sequence[generation.Sample]) -> None:
+    """Answers before and after, side by side."""
+    table = Table("question", "before", "after", show_lines=True)
+    for sample in samples[:3]:
+        table.add_row(*(generation.short(text) for text in (sample.question, sample.before, sample.after)))
+    console.print(table, markup=False)
