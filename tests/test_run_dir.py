@@ -135,7 +135,7 @@ class Rotation(RuleBasedStateMachine):
             (folder / "state.bin").touch()
             self.foreign[folder.name] = False
 
-    @rule(limit=st.one_of(st.none(), st.integers(1, 4)))
+    @rule(limit=st.sampled_from([1, 1, 2, 2, 3, 4, None]))
     def rotates(self, limit: int | None) -> None:
         rotate(self.run, limit, None if self.best is None else self.run.checkpoint(self.best))
         there = {
@@ -182,6 +182,33 @@ def test_a_checkpoint_that_is_passed_over_is_named(tmp_path: Path) -> None:
     assert folder == run.checkpoint(10)
     assert len(notices) == 1 and notices[0].startswith("checkpoint-20 was passed over: ") and "state.bin: missing" in notices[0]
     assert latest_valid(RunDir(tmp_path / "nothing")) == (None, [])
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(None, [5, 4, 3, 2, 1]), (1, [5, 4]), (2, [5, 4]), (3, [5, 4, 3]), (9, [5, 4, 3, 2, 1])])
+def test_rotation_keeps_the_newest_two_at_least(tmp_path: Path, limit: int | None, kept: list[int]) -> None:
+    run = RunDir(tmp_path)
+    for step in range(1, 6):
+        save(run, step)
+    assert rotate(run, limit) == []
+    assert [step for step, _ in checkpoints(run)] == kept
+
+
+def test_rotation_counts_only_what_verifies_and_keeps_the_best(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for step in range(1, 7):
+        save(run, step)
+    (run.checkpoint(5) / "state.bin").write_bytes(b"rubbish")
+    rotate(run, 2, keep=run.checkpoint(1))
+    assert [step for step, _ in checkpoints(run)] == [6, 5, 4, 1]
+
+
+def test_links_are_no_checkpoints(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    save(RunDir(tmp_path / "other"), 9)
+    save(run, 1)
+    run.checkpoint(9).symlink_to(tmp_path / "other/checkpoint-9")
+    assert latest_valid(run) == (run.checkpoint(1), [])
+    assert checkpoints(run) == [(1, run.checkpoint(1))]
 
 
 def test_rotation_says_what_it_could_not_delete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
