@@ -24,10 +24,10 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
     Raises ModelError, before the model is touched, for whatever is not exactly an adapter of this model.
     """
     folder = adapter_folder(folder)
-    config, tensors = read_adapter(model, folder)
-    # peft gives the matrices random values before ours
+    # peft gives the matrices random values before ours: the caller's generator must not notice
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        config, tensors = read_adapter(model, folder)
         if isinstance(model, PeftModel):
             if name in model.peft_config:
                 raise ModelError(folder, f'the model has an adapter called "{name}" already', "Give it another name")

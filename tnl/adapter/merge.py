@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tnl import paths
-from tnl.adapter.load import adapter_folder, base_folder, load_adapter
+from tnl.adapter.load import adapter_folder, base_folder, base_of, load_adapter
 from tnl.adapter.metadata import describe, read_adapter_metadata, template_of, write_metadata
 from tnl.errors import ModelError, NumbersError
 from tnl.model.convert import HEAD, as_dtype, headers, weight_files
@@ -113,22 +113,45 @@ def merge(model: PeftModel) -> nn.Module:
 
     Raises ModelError for a quantised base, NumbersError where a merged weight is not finite.
     """
-    for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        weights: Any = module.get_base_layer()
-        if not weights.weight.is_floating_point():
-            raise ModelError("", f"{name} is quantised, and merging into it would change the answers", "Merge into the 16-bit base")
-        kept = {key: p.dtype for key, p in weights.named_parameters()}
-        weights.float()
-        module.merge(safe_merge=False)  # type: ignore[operator]
-        for key, parameter in weights.named_parameters():
-            parameter.data = parameter.data.to(kept[key])
-            if not bool(parameter.isfinite().all()):
-                where = name.removeprefix("base_model.model.")
-                raise NumbersError(f"{where}.{key}", "is not finite once merged, so nothing was written", "Use an earlier checkpoint")
-    merged: nn.Module = model.unload()  # type: ignore[operator]
-    return merged.requires_grad_(False).eval()
+    untie(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            merge_layer(name.removeprefix("base_model.model."), module)
+    merged: Any = model.unload()  # type: ignore[operator]
+    head, embedding = merged.lm_head, merged.model.embed_tokens
+    if merged.config.tie_word_embeddings and torch.equal(head.weight, embedding.weight):
+        head.weight = embedding.weight
+    else:
+        merged.config.tie_word_embeddings = False
+    merged.requires_grad_(False)
+    return merged.eval()
+
+
+def untie(model: nn.Module) -> None:
+    """Give the head a weight of its own where it shares one that an adapter changes: the adapter changes one of the two."""
+    if type(base_of(model).model.embed_tokens) is nn.Embedding and type(base_of(model).lm_head) is nn.Linear:
+        return
+    embeddings = [id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)]
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and id(module.weight) in embeddings:
+            module.weight = nn.Parameter(module.weight.clone(), requires_grad=False)
+
+
+def merge_layer(name: str, module: Any) -> None:
+    """Put one layer's adapter into its weights. Raises ModelError, NumbersError."""
+    weights = module.get_base_layer()
+    if not weights.weight.is_floating_point():
+        raise ModelError(name, "is quantised, and merging into it would change the answers", "Merge into the 16-bit base")
+    kept = {key: parameter.dtype for key, parameter in weights.named_parameters()}
+    weights.float()
+    try:
+        module.merge(safe_merge=False)
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ModelError(name, f"peft cannot merge it: {str(error).splitlines()[0]}", "Use the adapter unmerged") from None
+    for key, parameter in weights.named_parameters():
+        parameter.data = parameter.data.to(kept[key])
+        if not bool(parameter.isfinite().all()):
+            raise NumbersError(f"{name}.{key}", "is not finite once merged, so nothing was written", "Use an earlier checkpoint")
 
 
 def save_model(model: Any, folder: Path) -> None:
@@ -149,7 +172,7 @@ def save_model(model: Any, folder: Path) -> None:
     if len(shards) == 1:
         save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
         return
-    names = {}
+    names: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05}-of-{len(shards):05}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
