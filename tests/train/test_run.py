@@ -1,0 +1,303 @@
+"""A run from recipe to adapter: what it leaves, that it repeats itself bit for bit, and that nothing stops it for good."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from tnl.adapter.load import load_adapter, read_adapter_metadata
+from tnl.errors import MemoryBudgetError, ModelError, StorageError
+from tnl.model.load import load_model
+from tnl.recipe import load
+from tnl.run_dir import RunDir, checkpoints
+from tnl.train import callbacks, checkpoint, plan
+from tnl.train import run as training
+from tnl.train.trainer import TnlTrainer
+
+
+def weights(run: RunDir) -> dict[str, bytes]:
+    """The bits of the adapter and of the last checkpoint's optimizer."""
+    last = checkpoints(run)[0][1]
+    return {
+        "adapter": (run.adapter / "adapter_model.safetensors").read_bytes(),
+        "weights": (last / "adapter_model.safetensors").read_bytes(),
+        "optimizer": (last / "optimizer.pt").read_bytes(),
+        "schedule": (last / "scheduler.pt").read_bytes(),
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(base: Path, records: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """An uninterrupted run; its recipe lies beside it."""
+    folder = tmp_path_factory.mktemp("finished")
+    return training.run(write_recipe(folder, base, records))
+
+
+def write_recipe(folder: Path, base: Path, records: Path, **train: Any) -> Path:
+    file = folder / "recipe.yaml"
+    values = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 2,
+        "learning_rate": 2e-2,
+        "logging_steps": 1,
+        "eval_steps": 2,
+        "save_steps": 2,
+        "save_total_limit": 2,
+        "use_cpu": True,
+        "output_dir": str(folder / "run"),
+    } | train
+    sections = {
+        "model": {"path": str(base), "dtype": "float32"},
+        "data": {"train": str(records), "eval": 0.1, "max_length": 64},
+        "lora": {"r": 2, "lora_alpha": 8, "lora_dropout": 0.2},
+        "train": values,
+        "generation": {"max_new_tokens": 4, "do_sample": False},
+    }
+    file.write_text(json.dumps(sections, ensure_ascii=False), encoding="utf-8")  # JSON is YAML
+    return file
+
+
+def test_what_a_run_leaves(finished: RunDir, base: Path) -> None:
+    names = {path.name for path in finished.path.iterdir() if not path.name.startswith(".")}
+    assert {"adapter", "recipe.yaml", "run.json", "metrics.jsonl", "loss.png", "samples.jsonl"} <= names
+    assert finished.status == "finished"
+    steps = [step for step, _ in checkpoints(finished)]
+    assert len(steps) in (2, 3) and steps[0] == 10  # two, and the best where it is an older one
+    lines = callbacks.read_metrics(finished.metrics)
+    losses = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in losses] == list(range(1, 11))
+    assert losses[-1]["loss"] < losses[0]["loss"] and all(line["grad_norm"] > 0 and line["peak_memory_reserved"] > 0 for line in losses)
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4, 6, 8, 10]
+    samples = [json.loads(line) for line in finished.samples.read_text(encoding="utf-8").splitlines()]
+    assert len(samples) == 4 and all(sample["before"] is not None and sample["after"] is not None for sample in samples)
+    about = read_adapter_metadata(finished.adapter)
+    assert about.template == "chatml" and about.base is not None
+    assert load(finished.recipe).as_dict() == load(finished.path.parent / "recipe.yaml").as_dict()
+    assert finished.plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_adapter_loads_in_plain_peft_and_in_ours(finished: RunDir, base: Path) -> None:
+    ids = torch.tensor([[5, 6, 7, 8]])
+    plain = PeftModel.from_pretrained(load_model(base, device="cpu"), finished.adapter).eval()
+    ours = load_adapter(load_model(base, device="cpu"), finished.path)
+    bare = load_model(base, device="cpu")
+    with torch.no_grad():
+        assert torch.equal(plain(input_ids=ids).logits, ours(input_ids=ids).logits)
+        assert not torch.allclose(plain(input_ids=ids).logits, bare(input_ids=ids).logits, atol=1e-4)
+
+
+def test_the_best_measurement_is_kept(finished: RunDir) -> None:
+    measured = {line["step"]: line["eval_loss"] for line in callbacks.read_metrics(finished.metrics) if "eval_loss" in line}
+    best = min(measured, key=lambda step: measured[step])
+    assert finished.read_metadata()["best_step"] == best
+    kept = load_file(finished.checkpoint(best) / "adapter_model.safetensors")
+    saved = load_file(finished.adapter / "adapter_model.safetensors")
+    assert all(torch.equal(kept[name], saved[name]) for name in saved)
+
+
+def test_the_same_command_gives_the_same_bits(finished: RunDir, recipe: Path) -> None:
+    assert weights(training.run(recipe)) == weights(finished)
+
+
+def test_a_finished_run_is_left_as_it_is(finished: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.path.rglob("*") if path.is_file()}
+    training.run(finished.path.parent / "recipe.yaml")
+    training.resume(finished.path)
+    assert "this run is finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in finished.path.rglob("*") if path.is_file()} == before
+
+
+def test_another_run_in_the_same_folder_is_refused(finished: RunDir, base: Path, records: Path, tmp_path: Path) -> None:
+    changed = write_recipe(tmp_path, base, records, output_dir=str(finished.path), learning_rate=1e-2)
+    with pytest.raises(ModelError, match=r"train\.learning_rate was 0\.02 there and is 0\.01 now") as caught:
+        training.run(changed)
+    assert caught.value.exit_code == 4
+    with pytest.raises(ModelError, match="not the folder of a run"):
+        training.resume(tmp_path)
+
+
+class Killed(Exception):
+    """Stands for SIGKILL: nothing after it runs."""
+
+
+@pytest.mark.parametrize("at", [1, 3, 5, 7, 10])
+def test_a_run_killed_at_any_step_ends_in_the_same_bits(finished: RunDir, recipe: Path, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = TnlTrainer.training_step
+
+    def dies(self: TnlTrainer, *args: Any) -> Any:
+        if self.state.global_step + 1 == at:
+            raise Killed
+        return real(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TnlTrainer, "training_step", dies)
+        with pytest.raises(Killed):
+            training.run(recipe)
+    run = training.run(recipe)
+    assert weights(run) == weights(finished)
+    mine, theirs = (callbacks.read_metrics(one.metrics) for one in (run, finished))
+    timeless = ("seconds", "eval_seconds", "tokens_per_second", "peak_memory_reserved")
+    assert [{k: v for k, v in line.items() if k not in timeless} for line in mine] == [
+        {k: v for k, v in line.items() if k not in timeless} for line in theirs
+    ]
+
+
+@pytest.mark.parametrize("where", ["step", "evaluation"])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    finished: RunDir, recipe: Path, where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In step 3, or in the measurement after step 4, which is then made on resuming."""
+    real_step, real_evaluate = TnlTrainer.training_step, TnlTrainer.evaluate
+
+    def step(self: TnlTrainer, *args: Any) -> Any:
+        if where == "step" and self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real_step(self, *args)
+
+    def evaluate(self: TnlTrainer, *args: Any, **kwargs: Any) -> Any:
+        if where == "evaluation" and self.state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real_evaluate(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TnlTrainer, "training_step", step)
+        patch.setattr(TnlTrainer, "evaluate", evaluate)
+        with pytest.raises(SystemExit) as caught:
+            training.run(recipe)
+    run = RunDir(Path(load(recipe).train.output_dir))
+    at = 3 if where == "step" else 4
+    assert caught.value.code == (143 if where == "step" else 130)
+    assert run.status == "interrupted" and checkpoints(run)[0][0] == at
+    assert f"tnl resume {run.path}" in capsys.readouterr().out
+    training.resume(run.path)
+    assert weights(run) == weights(finished)
+    steps = [line["step"] for line in callbacks.read_metrics(run.metrics) if "eval_loss" in line]
+    assert steps == [2, 4, 6, 8, 10] and run.read_metadata()["best_step"] == finished.read_metadata()["best_step"]
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    finished: RunDir, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = TnlTrainer.training_step
+
+    def dies(self: TnlTrainer, *args: Any) -> Any:
+        if self.state.global_step == 7:
+            raise Killed
+        return real(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TnlTrainer, "training_step", dies)
+        with pytest.raises(Killed):
+            training.run(recipe)
+    run = RunDir(Path(load(recipe).train.output_dir))
+    file = run.checkpoint(6) / "optimizer.pt"
+    bits = bytearray(file.read_bytes())
+    bits[len(bits) // 2] ^= 1
+    file.write_bytes(bits)
+    training.run(recipe)
+    said = capsys.readouterr().out
+    assert "checkpoint-6 was passed over" in said and "goes on from checkpoint-4" in said
+    assert weights(run) == weights(finished)
+
+
+def test_a_moved_run_goes_on(finished: RunDir, base: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = write_recipe(tmp_path, base, records)
+    real = TnlTrainer.training_step
+
+    def dies(self: TnlTrainer, *args: Any) -> Any:
+        if self.state.global_step == 5:
+            raise Killed
+        return real(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TnlTrainer, "training_step", dies)
+        with pytest.raises(Killed):
+            training.run(recipe)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    assert weights(training.resume(tmp_path / "elsewhere")) == weights(finished)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_said_and_leaves_the_last_checkpoint(finished: RunDir, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.save
+
+    def full(value: Any, file: Any, *args: Any) -> None:
+        if "checkpoint-6" in str(getattr(file, "name", file)):
+            raise OSError(28, "No space left on device", str(file.name))
+        real(value, file, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(StorageError, match="bytes free") as caught:
+            training.run(recipe)
+    assert caught.value.exit_code == 6
+    run = RunDir(Path(load(recipe).train.output_dir))
+    assert checkpoints(run)[0][0] == 4 and not [path for path in run.path.iterdir() if path.name.startswith(".tnl")]
+    assert weights(training.run(recipe)) == weights(finished)
+
+
+def test_no_room_for_checkpoints_is_said_before_training(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tnl.storage.free_bytes", lambda path: 1000)
+    with pytest.raises(StorageError, match="too little space"):
+        training.run(recipe)
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "here", lambda device, gib=None: 3e6)
+    monkeypatch.setattr(training, "load_model", lambda *a, **k: pytest.fail("weights were read"))
+    with pytest.raises(MemoryBudgetError) as caught:
+        training.run(recipe)
+    assert caught.value.exit_code == 7 and not Path(load(recipe).train.output_dir).exists()
+
+
+def test_every_weight_can_be_trained(base: Path, records: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, base, records, max_steps=4, learning_rate=1e-3)
+    run = training.run(recipe, ["lora=null"])
+    model = load_model(run.path / "model", device="cpu")
+    assert model.config.tie_word_embeddings and not run.adapter.exists()
+    saved, start = model.state_dict(), load_model(base, device="cpu").state_dict()
+    assert not torch.equal(saved["model.embed_tokens.weight"], start["model.embed_tokens.weight"])
+    best = run.read_metadata()["best_step"]
+    kept = load_file(run.checkpoint(best) / checkpoint.FULL_WEIGHTS)
+    assert torch.equal(kept["model.embed_tokens.weight"], saved["model.embed_tokens.weight"])
+
+
+def test_padded_batches_learn_the_same(finished: RunDir, recipe: Path) -> None:
+    """Dropout draws differ between layouts: without it, the two runs agree within float error."""
+    runs = [
+        training.run(recipe, ["lora.lora_dropout=0", f"data.packing={how}", f"train.output_dir={finished.path.parent / how}"])
+        for how in ("batch", "none")
+    ]
+    losses = [[line["loss"] for line in callbacks.read_metrics(run.metrics) if "loss" in line] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_real_kills_at_random_moments(finished: RunDir, recipe: Path) -> None:
+    """SIGKILL from outside, again and again, then SIGTERM; the command that goes on is always the same."""
+    command = [sys.executable, "-m", "tnl", "train", str(recipe)]
+    run = RunDir(Path(load(recipe).train.output_dir))
+    for attempt in range(6):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        seen = max((step for step, _ in checkpoints(run)), default=0)
+        while process.poll() is None and time.monotonic() < deadline:
+            if max((step for step, _ in checkpoints(run)), default=0) > seen:
+                time.sleep(0.05 * attempt)
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM if attempt == 5 else signal.SIGKILL)
+        process.wait(60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert weights(run) == weights(finished)

@@ -1,0 +1,143 @@
+"""`tnl check`: what a recipe would do, without training and without reading a weight."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tnl.data.build import Dataset, Report, build
+from tnl.errors import MemoryBudgetError
+from tnl.evaluate.perplexity import IGNORED, count_supervised
+from tnl.recipe import Recipe, load
+from tnl.train import arguments, plan
+from tnl.train.run import Base, prepare, show_table
+
+console = Console(highlight=False, soft_wrap=True)
+LEARNED, READ = "bold green", "dim"
+CARDS = (12, 16, 24, 40, 80)
+"""GiB of the cards that the memory table is for, beside this machine's."""
+TRANSCRIPT_RECORDS = 5
+
+
+def run(recipe_path: Path, overrides: Sequence[str] = (), *, memory: float | None = None) -> None:
+    """Print data statistics, records with what is learned in colour, the trainable modules and the memory plan.
+
+    memory: GiB of the card to plan for (default: this machine's). Raises what training would raise before its first step.
+    """
+    recipe = load(recipe_path, overrides)
+    for line in recipe.notices:
+        say(line)
+    base = prepare(recipe)
+    data = build(recipe.data, base.tokenizer, seed=recipe.train.seed)  # type: ignore[arg-type]
+    _, settings = arguments.build(recipe.train, str(recipe.path), Path(recipe.train.output_dir), base.device, bool(data.eval))
+    show_statistics(data.report, recipe)
+    for record in data.train[: TRANSCRIPT_RECORDS if data.report.speakers else 1]:
+        show_record(record, base)
+    with torch.device("meta"):
+        model = plan.build(base.config, recipe.lora, base.dtype, str(recipe.path))
+    show_table(model)
+    show_steps(data, recipe, settings)
+    show_memory(recipe, base, data, memory)
+
+
+def say(line: str) -> None:
+    console.print(line, markup=False)
+
+
+def show_statistics(report: Report, recipe: Recipe) -> None:
+    """Files, rows, records, lengths, and every row that is not trained on."""
+    for source in report.sources:
+        say(f"{source.path}: {source.size:,} bytes")
+    table = Table("", "", box=None, show_header=False, pad_edge=False)
+    table.add_row("format", ", ".join(f"{name} ({count} files)" for name, count in report.formats.items()))
+    table.add_row("rows read", f"{report.rows:,}")
+    table.add_row("records", f"{report.train_records:,} to train on, {report.eval_records:,} held out")
+    for what, count in report.passed.items():
+        table.add_row(what, f"{count:,}")
+    table.add_row("cut, dropped", f"{report.truncated:,}, {report.dropped:,} (max_length {recipe.data.max_length}, {recipe.data.overlong})")
+    table.add_row("duplicates", f"{report.duplicates:,}")
+    lengths = ", ".join(f"{value:,} ({share}%)" for share, value in report.percentiles.items())
+    table.add_row("tokens a record", f"at most {lengths}; longest {report.longest:,}, {report.longest_id}")
+    table.add_row("tokens", f"{report.tokens:,}, of which {report.supervised:,} are learned ({report.supervised / report.tokens:.0%})")
+    table.add_row("template", f"{report.template} ({report.template_hash[:12]})")
+    console.print(table, markup=False)
+    for line in report.notices:
+        say(line)
+    if report.speakers:
+        show_speakers(report.speakers, recipe.data.persona)
+
+
+def show_speakers(speakers: dict[str, int], persona: str | None) -> None:
+    """Who speaks how often; the persona is the one that is learned."""
+    table = Table("speaker", "lines", box=None, pad_edge=False)
+    for name, count in list(speakers.items())[:20]:
+        table.add_row(Text(name, LEARNED if name == persona else ""), f"{count:,}")
+    console.print(table)
+    if len(speakers) > 20:
+        say(f"and {len(speakers) - 20} more speakers")
+
+
+def show_record(record: dict[str, Any], base: Base) -> None:
+    """One record as the model reads it, the learned tokens in colour, the end token written out."""
+    brackets = console.color_system is None
+    how = "between [[ and ]]" if brackets else "green"
+    say(f"{record['id']}: {len(record['input_ids'])} tokens, {count_supervised(record)} learned ({how})")
+    console.print(coloured(record, base.tokenizer, brackets))
+
+
+def coloured(record: dict[str, Any], tokenizer: Any, brackets: bool) -> Text:
+    """The record's text in stretches of read and learned tokens; each stretch is decoded whole, so no character is cut.
+
+    brackets: mark what is learned where there are no colours.
+    """
+    text = Text()
+    ids, labels = record["input_ids"], record["labels"]
+    start = 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or (labels[end] == IGNORED) != (labels[start] == IGNORED):
+            part = tokenizer.decode(ids[start:end], skip_special_tokens=False)
+            learned = labels[start] != IGNORED
+            text.append(f"[[{part}]]" if learned and brackets else part, LEARNED if learned else READ)
+            start = end
+    return text
+
+
+def show_steps(data: Dataset, recipe: Recipe, settings: arguments.Settings) -> None:
+    """How many optimizer steps there will be."""
+    per_epoch = -(-len(data.train) // settings.records_per_step)
+    steps = recipe.train.max_steps if recipe.train.max_steps > 0 else round(-(-per_epoch * recipe.train.num_train_epochs // 1))
+    say(f"{steps:,} optimizer steps of {settings.records_per_step} records ({per_epoch:,} an epoch)")
+
+
+def show_memory(recipe: Recipe, base: Base, data: Dataset, memory: float | None) -> None:
+    """What fits this machine, and common cards. Raises MemoryBudgetError where it does not fit this one."""
+    longest = max(len(record["input_ids"]) for record in [*data.train, *data.eval])
+    wanted = recipe.train.gradient_checkpointing
+    on_gpu = base.device.type == "cuda" or memory is not None
+    here = memory * plan.GIB if memory is not None and base.device.type != "cuda" else plan.here(base.device, memory)
+    needs = plan.make(base.config, recipe.lora, base.dtype, on_gpu, recipe.train.optim)
+    card = plan.make(base.config, recipe.lora, torch.bfloat16 if recipe.lora else base.dtype, True, recipe.train.optim)
+    table = Table("memory", "longest row", "every layer recomputed", "needs", box=None, pad_edge=False)
+    chosen = plan.choose(needs, here, longest, wanted, plan.GPU_ROW if on_gpu else plan.CPU_ROW)
+    table.add_row(*row("this run" if memory is None else f"{memory:g} GiB", chosen))
+    for size in CARDS:
+        table.add_row(*row(f"a card of {size} GiB", plan.choose(card, size * plan.GIB, longest, wanted, plan.GPU_ROW)))
+    console.print(table)
+    token = f"{needs.plain.per_token / 1e6:.2f} MB a token of a row, {needs.checkpointed.per_token / 1e6:.2f} with layers recomputed"
+    say(f"the longest record has {longest:,} tokens; frozen weights {needs.weights / plan.GIB:.1f} GiB, {token}")
+    try:
+        plan.require(needs, chosen, longest)
+    except MemoryBudgetError:
+        say("this run does not fit:")
+        raise
+
+
+def row(name: str, choice: plan.Choice) -> tuple[str, str, str, str]:
+    """One line of the memory table."""
+    if choice.budget is None:
+        return name, "does not fit", "", f"{choice.needed / plan.GIB:.1f} GiB"
+    return name, f"{choice.budget:,} tokens", "yes" if choice.checkpointing else "no", f"{choice.needed / plan.GIB:.1f} GiB"
