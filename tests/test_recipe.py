@@ -180,7 +180,7 @@ def test_an_unknown_section() -> None:
         ("data", "encoding: base64", ("no such encoding",)),
         ("data", "{persona: A, format: alpaca}", ("is for transcripts (found data.format: alpaca)",)),
         ("train", "fp16: true", ("float16 overflows",)),
-        ("generation", "temperature: 0", ("found 0; needed above 0",)),
+        ("generation", "temperature: -1", ("found -1; needed at least 0",)),
     ],
 )
 def test_a_wrong_value_says_what_was_found_and_what_is_needed(section: str, line: str, parts: tuple[str, ...]) -> None:

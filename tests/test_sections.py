@@ -35,6 +35,15 @@ def test_backends_are_those_of_kernels() -> None:
     assert choices(ModelSection, "backend") == set(BACKENDS)
 
 
+def test_every_key_of_generation_acts() -> None:
+    from dataclasses import fields
+
+    from tnl.generate.sampling import Settings
+    from tnl.sections import GenerationSection
+
+    assert set(GenerationSection.model_fields) <= {field.name for field in fields(Settings)}
+
+
 def test_what_is_handed_on_is_ours_and_what_was_set() -> None:
     plain, more = TrainSection().arguments(), TrainSection(neftune_noise_alpha=5, bf16=True).arguments()
     assert list(plain) == list(TrainSection.__annotations__)

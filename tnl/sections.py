@@ -142,12 +142,14 @@ class GenerationSection(Strict):
     """Tokens an answer may have."""
     do_sample: bool = True
     """Draw from the probabilities; false always takes the most probable token."""
-    temperature: int | float = Field(0.7, gt=0, le=100)
-    """Below 1 sharpens the probabilities, above 1 flattens them."""
+    temperature: int | float = Field(0.7, ge=0, le=100)
+    """Below 1 sharpens the probabilities, above 1 flattens them; 0 is the same as do_sample: false."""
     top_p: int | float = Field(0.9, gt=0, le=1)
     """Draw from the most probable tokens that together reach this share."""
     top_k: int = Field(50, ge=0)
     """Draw from this many of the most probable tokens; 0 is all."""
+    min_p: int | float = Field(0.0, ge=0, le=1)
+    """Leave out tokens less probable than this share of the most probable one's probability."""
     repetition_penalty: int | float = Field(1.03, gt=0, le=100)
     """Above 1 makes tokens that have stood before less probable."""
 
