@@ -5,8 +5,10 @@ counted; two depths and two lengths give the rest, since memory is linear in bot
 """
 
 import copy
+import json
 import weakref
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -209,8 +211,16 @@ def build(config: TransnormerConfig, section: LoraSection | None, dtype: torch.d
 
 def fit(config: TransnormerConfig, section: LoraSection | None, dtype: torch.dtype, recompute: bool) -> Line:
     """Extrapolate four small traces to the depth of the config, linear in layers and tokens."""
+    return fit_cached(config.to_json_string(use_diff=False), section and section.model_dump_json(exclude_unset=True), dtype, recompute)
+
+
+@lru_cache(maxsize=16)
+def fit_cached(config_json: str, section_json: str | None, dtype: torch.dtype, recompute: bool) -> Line:
+    """`fit` by values: a process that plans the same again (a notebook, a sweep) need not trace again."""
+    config = TransnormerConfig(**json.loads(config_json))
+    section = None if section_json is None else LoraSection.model_validate_json(section_json)
     (l1, l2), (t1, t2) = DEPTHS, LENGTHS
-    peaks = {(layers, tokens): trace(shallow(config, layers), section, dtype, tokens, recompute) for layers in DEPTHS for tokens in LENGTHS}
+    peaks = {(layers, t): trace(shallow(config, layers), section, dtype, t, recompute) for layers in DEPTHS for t in LENGTHS}
     slopes = {layers: (peaks[layers, t2] - peaks[layers, t1]) / (t2 - t1) for layers in DEPTHS}
     fixed = {layers: peaks[layers, t1] - slopes[layers] * t1 for layers in DEPTHS}
     more = config.decoder_layers - l1
