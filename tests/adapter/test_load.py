@@ -114,7 +114,7 @@ def test_a_path_that_does_not_exist_names_its_nearest_sibling(make_adapter: Make
         adapter_folder(folder.parent / "personna")
     with pytest.raises(ModelError, match="is a file"):
         adapter_folder(folder / "adapter_config.json")
-    with pytest.raises(ModelError, match="holds no adapter_config.json"):
+    with pytest.raises(ModelError, match=r"holds no adapter_config\.json"):
         adapter_folder(folder.parent)
 
 

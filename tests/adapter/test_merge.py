@@ -120,7 +120,7 @@ def test_bfloat16_is_reported_and_bounded(base: Path, make_adapter: Make, tmp_pa
     monkey = dict(merging.BOUNDS)
     try:
         merging.BOUNDS[torch.bfloat16] = 1e-5
-        with pytest.raises(NumbersError, match="answers otherwise.*float32"):
+        with pytest.raises(NumbersError, match=r"answers otherwise.*float32"):
             run(wild, tmp_path / "wild-out")
     finally:
         merging.BOUNDS.update(monkey)
