@@ -85,6 +85,35 @@ def test_a_second_adapter_beside_the_first(base: Path, make_adapter: Make) -> No
         load_adapter(model, one, name="one")
 
 
+@pytest.mark.parametrize("name", ["", "a.b", "../x", "a/b", "a\0", "x" * 65, "名"])
+def test_names_that_peft_stumbles_over(name: str, base: Path, make_adapter: Make) -> None:
+    with pytest.raises(ModelError, match="cannot be an adapter's name"):
+        load_adapter(load_model(base, device="cpu"), make_adapter(), name=name)
+
+
+def test_when_memory_ends_in_the_middle(base: Path, make_adapter: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = make_adapter("one"), make_adapter("other", r=2)
+    bare = load_model(base, device="cpu")
+    names, before = [name for name, _ in bare.named_parameters()], logits(bare)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tnl.adapter.load.set_peft_model_state_dict", full)
+        with pytest.raises(MemoryError):
+            load_adapter(bare, one)
+    assert [name for name, _ in bare.named_parameters()] == names and torch.equal(logits(bare), before)
+    adapted = load_adapter(bare, one)
+    names, before = [name for name, _ in adapted.named_parameters()], logits(adapted)
+    with monkeypatch.context() as patch:
+        patch.setattr("tnl.adapter.load.set_peft_model_state_dict", full)
+        with pytest.raises(MemoryError):
+            load_adapter(adapted, other, name="other")
+    assert [name for name, _ in adapted.named_parameters()] == names and torch.equal(logits(adapted), before)
+    assert list(adapted.peft_config) == ["default"]
+
+
 def test_bfloat16_base_and_adapter(base: Path, make_adapter: Make) -> None:
     model = load_adapter(load_model(base, dtype="bfloat16", device="cpu"), make_adapter())
     assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.float32}

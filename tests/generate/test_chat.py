@@ -109,3 +109,4 @@ def test_from_a_pipe(adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     run(str(adapter), device="cpu", max_new_tokens=4)
     said = capsys.readouterr().out
     assert said.count("tokens seen") == 2 and "system: 说书人" in said and "template alpaca" in said
+    assert [line for line in said.splitlines() if line.startswith(">")] == ["> 你好", "> ", "> /system", "> 再见"]

@@ -100,8 +100,7 @@ def test_an_unfinished_run(adapter: Path) -> None:
 
 
 def test_a_run_that_trained_every_weight(base: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run" / "adapter"
-    shutil.copytree(base, folder)
+    shutil.copytree(base, tmp_path / "run" / "model")
     assert resolve(str(tmp_path / "run"), {"device": "cpu"}).template is TEMPLATES["chatml"]
 
 

@@ -62,7 +62,7 @@ DTYPES = {"F32": 4, "BF16": 2, "F16": 2}
 LARGEST = {"r": 16384, "lora_alpha": 1_000_000}
 LARGEST_VALUE = 1e6
 """No trained adapter comes near it; larger ones overflow in float16 and bfloat16 products."""
-HEADER_LIMIT = 64 << 20
+HEADER_LIMIT = 4 << 20
 
 
 def read_lora_config(folder: Path) -> LoraConfig:

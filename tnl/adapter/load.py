@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from tnl.adapter.gate import CONFIG, WEIGHTS, check_header, check_seal, expected
 from tnl.adapter.metadata import METADATA, Base, config_values, differences, read_adapter_metadata, read_json, weights_hash
 from tnl.errors import ModelError
 
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
 
 def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default") -> PeftModel:
     """The model with the adapter of a local folder on it, in eval mode; adapters are float32.
@@ -24,34 +28,51 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
     Raises ModelError, before the model is touched, for whatever is not exactly an adapter of this model.
     """
     folder = adapter_folder(folder)
+    if not NAME.fullmatch(name):
+        raise ModelError(folder, f"{name[:80]!r} cannot be an adapter's name", "Use 1 to 64 letters, digits, - and _")
+    if isinstance(model, PeftModel) and name in model.peft_config:
+        raise ModelError(folder, f'the model has an adapter called "{name}" already', "Give it another name")
     # peft gives the matrices random values before ours: the caller's generator must not notice
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config, tensors = read_adapter(model, folder)
-        if isinstance(model, PeftModel):
-            if name in model.peft_config:
-                raise ModelError(folder, f'the model has an adapter called "{name}" already', "Give it another name")
-            model.add_adapter(name, config)
-            adapted = model
-        else:
+        return attach(model, config, tensors, name).eval()
+
+
+def attach(model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor], name: str) -> PeftModel:
+    """Put checked tensors on the model; if that fails (no memory is left), the model is as it was."""
+    adapted = model if isinstance(model, PeftModel) else None
+    try:
+        if adapted is None:
             adapted = get_peft_model(model, config, adapter_name=name)  # type: ignore[arg-type,assignment]
+        else:
+            adapted.add_adapter(name, config)
         set_peft_model_state_dict(adapted, dict(tensors), adapter_name=name)
-    landed = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
-    lost = [key for key, tensor in tensors.items() if key not in landed or not same(landed[key], tensor)]
-    if lost or len(landed) != len(tensors):
-        raise AssertionError(f"{len(lost)} of {len(tensors)} tensors did not arrive in the model ({lost[:3]})")
-    return adapted.eval()
+        landed = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
+        lost = [key for key, tensor in tensors.items() if key not in landed or not same(landed[key], tensor)]
+        if lost or len(landed) != len(tensors):
+            raise AssertionError(f"{len(lost)} of {len(tensors)} tensors did not arrive in the model ({lost[:3]})")
+    except BaseException:
+        with contextlib.suppress(Exception):
+            if adapted is model:
+                adapted.delete_adapter(name)
+            elif adapted is not None:
+                adapted.unload()
+        raise
+    assert adapted is not None
+    return adapted
 
 
 def read_adapter(model: nn.Module, folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Settings and tensors of an adapter that is exactly one of this model; the model is only looked at. Raises ModelError."""
-    check_seal(folder, (CONFIG, WEIGHTS, METADATA))
+    check_seal(folder, (CONFIG, METADATA))
     metadata = read_adapter_metadata(folder)
     if metadata.base is not None:
         check_base(model, metadata.base, folder)
     config = read_lora_config(folder)
     expected = expected_tensors(model, config, folder / CONFIG)
     check_header(folder / WEIGHTS, read_header(folder / WEIGHTS), expected)
+    check_seal(folder, (WEIGHTS,))
     return config, read_tensors(folder / WEIGHTS, expected)
 
 

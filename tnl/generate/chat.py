@@ -30,8 +30,10 @@ class Quit(Exception):
 
 def run(model_or_run: str, **options: Unpack[Options]) -> None:
     """Load what the word names and talk until the input ends. Raises what `resolve` raises, and NumbersError."""
-    talker = resolve(model_or_run, options)
-    Chat(talker, Screen(), line_reader()).loop()
+    screen = Screen()
+    with screen.working(f"loading {model_or_run}"):
+        talker = resolve(model_or_run, options)
+    Chat(talker, screen, line_reader(screen)).loop()
 
 
 class Chat:

@@ -19,6 +19,9 @@ from tnl.model.tokenization_baichuan import VOCAB_FILE, BaiChuanTokenizer
 from tnl.run_dir import RunDir, checkpoints
 from tnl.sections import GenerationSection
 
+WHOLE = "model"
+"""Where a run that trained every weight keeps its result."""
+
 
 class Options(TypedDict, total=False):
     """The options that chat and generate share; None or absent: what the adapter or model says."""
@@ -66,8 +69,8 @@ def resolve(word: str, options: Options | None = None) -> Talker:
     if adapter is None and options.get("base") is not None:
         raise RecipeError("--base", f"{word} is a model, not an adapter, and needs no base", "Leave --base out")
     weights = folder if adapter is None else base_folder(adapter, options.get("base"))
-    if adapter is None and (folder / "adapter").is_dir() and not (folder / "config.json").is_file():
-        weights = folder / "adapter"  # a run that trained every weight
+    if adapter is None and not (folder / "config.json").is_file():
+        weights = folder / WHOLE
     taught = adapter or weights
     metadata = read_adapter_metadata(taught)
     template = choose_template(metadata, taught, options.get("template"), notices)
@@ -94,7 +97,7 @@ def find_adapter(folder: Path, notices: list[str]) -> Path | None:
     run = RunDir(folder)
     if (run.adapter / CONFIG).is_file():
         return run.adapter
-    if (run.adapter / "config.json").is_file():
+    if (folder / WHOLE / "config.json").is_file():
         return None
     for step, checkpoint in checkpoints(run):
         if (checkpoint / CONFIG).is_file():

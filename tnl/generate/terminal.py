@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from typing import TextIO
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.text import Text
@@ -34,6 +35,10 @@ class Screen:
         """A line about the answer, fainter than it where the terminal can."""
         self.console.print(Text(self.fit(text.replace("·", "|") if "·" not in self.fit(text) else text), style="dim"))
 
+    def working(self, text: str) -> AbstractContextManager[Any]:
+        """A sign of life on a terminal while something takes time; it leaves nothing behind."""
+        return self.console.status(self.fit(text)) if self.console.is_terminal else nullcontext()
+
     def fit(self, text: str) -> str:
         """The text as this terminal can show it."""
         return visible(text).encode(self.encoding, "backslashreplace").decode(self.encoding)
@@ -44,13 +49,13 @@ def visible(text: str) -> str:
     return CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
 
 
-def line_reader() -> Callable[[], str]:
+def line_reader(screen: Screen) -> Callable[[], str]:
     """A function that returns the person's next line, and raises EOFError after the last.
 
-    On a terminal it is prompt_toolkit's editor (Chinese input, arrow keys, history); from a pipe plain lines.
+    On a terminal it is prompt_toolkit's editor (Chinese input, arrow keys, history); from a pipe plain lines, which are shown.
     """
     if not sys.stdin.isatty() or not sys.stdout.isatty():
-        return piped_line
+        return lambda: piped_line(screen)
     # takes 0.2 s to import, which only a terminal needs
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import InMemoryHistory
@@ -59,9 +64,12 @@ def line_reader() -> Callable[[], str]:
     return lambda: session.prompt("> ")
 
 
-def piped_line() -> str:
-    """The next line of standard input. Raises EOFError at its end."""
+def piped_line(screen: Screen) -> str:
+    """The next line of standard input, shown where nobody has typed it. Raises EOFError at its end."""
     line = sys.stdin.readline()
     if not line:
         raise EOFError
-    return line.rstrip("\r\n")
+    text = line.rstrip("\r\n")
+    if not sys.stdin.isatty():
+        screen.line(f"> {text}")
+    return text
