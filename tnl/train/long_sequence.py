@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tnl.evaluate.perplexity import causal_lm, supervised_positions
 from tnl.model.state import TransnormerCache
+from tnl.model.stream import to_device
 from tnl.train.state_store import Offload, Placement, StateStore, on_host, place, state_bytes
 
 Mode = Literal["fast", "lean"]
@@ -178,8 +179,8 @@ class _Stream:
             if segment.learned:
                 index, targets = targets_of(self.batch, segment.start, segment.stop)
                 if len(index) < len(hidden):
-                    hidden = hidden.index_select(0, index.to(self.device))
-                own = self.loss(hidden, targets.to(self.device, torch.int64)) / self.supervised
+                    hidden = hidden.index_select(0, to_device(index, self.device))
+                own = self.loss(hidden, to_device(targets.long(), self.device)) / self.supervised
                 outputs, cotangents, value = [own], [None], own.detach()
             for final, grad in zip(finals, grads or []):
                 if grad is not None and final.requires_grad:
@@ -196,8 +197,8 @@ class _Stream:
         if states is not None:
             cache.states = list(states)
         window = slice(segment.start, segment.stop)
-        ids = self.batch["input_ids"][:, window].to(self.device, torch.int64)
-        positions = self.positions(segment).to(self.device, torch.int64)
+        ids = to_device(self.batch["input_ids"][:, window].long(), self.device)
+        positions = to_device(self.positions(segment).long(), self.device)
         out = self.inner(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
         return out.last_hidden_state[0], cache.states  # type: ignore[return-value]
 
