@@ -73,9 +73,8 @@ def test_packed_row_is_its_sequences(states: bool) -> None:
     q, k, v, g = (x[n] for n in ("q", "k", "v", "log_decay"))
     packed, final = reference.chunk_lightning_attention(q, k, v, g, segment_start=start, restart_state=restart, chunk_size=16)
     initial = None if restart is None else restart[None]
-    alone = [
-        reference.recurrent_lightning_attention(q[:, a:b], k[:, a:b], v[:, a:b], g, initial_state=initial) for a, b in zip(cuts, cuts[1:])
-    ]
+    rows = [[y[:, a:b] for y in (q, k, v)] for a, b in itertools.pairwise(cuts)]
+    alone = [reference.recurrent_lightning_attention(*row, g, initial_state=initial) for row in rows]
     torch.testing.assert_close(packed, torch.cat([o for o, _ in alone], 1))
     torch.testing.assert_close(final, alone[-1][1])
 

@@ -134,9 +134,9 @@ def check(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.stride(3) != 1:
             raise ValueError(f"{name} has strides {x.stride()}; the last must be 1. Call .contiguous()")
-    for name, x in (("initial_state", initial_state), ("restart_state", restart_state)):
-        if x is not None and x.dtype != torch.float32:
-            raise ValueError(f"{name} is {x.dtype}; states are float32")
+    for name, state in (("initial_state", initial_state), ("restart_state", restart_state)):
+        if state is not None and state.dtype != torch.float32:
+            raise ValueError(f"{name} is {state.dtype}; states are float32")
     if log_decay.requires_grad:
         raise ValueError("log_decay requires a gradient; the decay is a constant here (only the reference form differentiates it)")
     if segment_start is not None:

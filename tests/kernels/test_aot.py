@@ -1,0 +1,135 @@
+"""Every kernel in every configuration compiles for the cards people own, and fits in their shared memory; no card is needed.
+
+Run as a program (in a process where Triton does not interpret), it compiles for the capabilities given and prints a line of JSON.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CARDS = {80: (108, 163), 86: (82, 99), 89: (128, 99), 90: (132, 227), 120: (170, 99)}  # multiprocessors, KB of shared memory a program
+SMALL, LONG = (4, 512), (1, 8192)  # batch, tokens: with 32 heads one fills a card, the other is cut into segments
+
+
+def configurations(thorough: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Calls that launch every form of every kernel: dtypes, dims, packed, restart, SiLU, with and without segments."""
+    import torch
+
+    from tnl.kernels import lightning_chunk as lc
+    from tnl.kernels.lightning_step import lightning_step
+    from tnl.kernels.simple_rms_norm import norm_gate, simple_rms_norm
+
+    bf, half, full = torch.bfloat16, torch.float16, torch.float32
+
+    def both(size: tuple[int, int], K: int, V: int, dtype: torch.dtype, *, packed: bool, states: bool, silu: bool, H: int = 32) -> None:
+        B, T = size
+        q, k, v = (torch.empty(B, T, H, d, dtype=dtype) for d in (K, K, V))
+        start = torch.empty(B, T, dtype=torch.int32) if packed else None
+        initial, restart = (torch.empty(B, H, K, V), torch.empty(H, K, V)) if states else (None, None)
+        args = q, k, v, torch.empty(H), start, initial, restart, silu
+        lc.forward(*args)
+        lc.backward(v.clone(), initial, *args)
+
+    def attention(dtype: torch.dtype, K: int, V: int, size: tuple[int, int], all_of_it: bool) -> tuple[str, Callable[[], Any]]:
+        flags = dict.fromkeys(("packed", "states", "silu"), all_of_it)
+        return f"{dtype} K {K} V {V} B x T {size} {flags}", lambda: both(size, K, V, dtype, **flags)
+
+    yield attention(bf, 128, 128, SMALL, False)
+    yield attention(bf, 128, 128, LONG, True)
+    yield attention(bf, 256, 128, LONG, True)
+    yield attention(bf, 80, 48, LONG, True)
+    yield attention(half, 128, 128, SMALL, False)
+    yield attention(full, 128, 128, SMALL, False)
+    if thorough:
+        yield attention(bf, 16, 256, LONG, True)
+        yield attention(half, 128, 128, LONG, True)
+        yield attention(full, 128, 128, LONG, True)
+        yield attention(full, 256, 256, SMALL, False)
+        yield attention(full, 256, 256, LONG, True)
+    yield "packed row", lambda: both((1, 2048), 128, 128, bf, packed=True, states=False, silu=True)
+    yield "few heads", lambda: both((1, 2048), 128, 128, bf, packed=True, states=False, silu=True, H=8)
+    for dtype, K, V in ((bf, 128, 128), (bf, 256, 128), (full, 256, 256)):
+        args = *(torch.empty(2, 4, d, dtype=dtype) for d in (K, K, V)), torch.empty(4), torch.empty(2, 4, K, V)
+        yield f"step {dtype} K {K} V {V}", lambda a=args: lightning_step(*a, silu=True)
+    for D, dtype in ((4096, bf), (16384, full)):
+        x = torch.empty(2, D, dtype=dtype, requires_grad=True)
+        u = torch.empty(2, D, dtype=dtype)
+        yield f"norm {D} {dtype}", lambda x=x: simple_rms_norm(x).sum().backward()
+        yield f"norm gate {D} {dtype}", lambda x=x, u=u: norm_gate(x, u).sum().backward()
+
+
+def compile_for(capability: int, thorough: bool) -> dict[str, Any]:
+    """Compile the configurations for a card and report each kernel's shared memory, or what went wrong.
+
+    Not thorough: as far as PTX, where the shared memory is known; ptxas would take half of the time.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from tnl.kernels import lightning_chunk as lc
+
+    class Card:
+        """Triton's driver as far as compiling asks it."""
+
+        get_current_device = get_current_stream = staticmethod(lambda *_: 0)
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
+
+    multiprocessors, kilobytes = CARDS[capability]
+    card = lc.Device(multiprocessors, kilobytes * 1024, capability >= 90)
+    lc.device_of = lambda x: card
+    driver.set_active(Card())
+    shared: dict[str, int] = {}
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        key = f"{self.__name__}: {name}"
+        shared[key] = max(kernel.metadata.shared, shared.get(key, 0))
+
+    JITFunction.run = compile_only
+    if not thorough:
+        CUDABackend.make_cubin = lambda *a, **k: b""
+    refused = {}
+    for name, call in configurations(thorough):
+        try:
+            call()
+        except Exception as error:
+            refused[name] = f"{type(error).__name__}: {str(error)[-300:]}"
+    return {"shared": shared, "refused": refused}
+
+
+def check(capability: int, cache: Path, *options: str) -> None:
+    pytest.importorskip("triton", reason="no Triton for this platform")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
+    command = [sys.executable, __file__, str(capability), *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert not found["refused"]
+    assert len(found["shared"]) >= 25
+    limit = CARDS[capability][1] * 1024
+    assert not {name: size for name, size in found["shared"].items() if size > limit}
+
+
+@pytest.mark.parametrize("capability", CARDS)
+def test_configurations_fit(capability: int, tmp_path: Path) -> None:
+    check(capability, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("capability", CARDS)
+def test_every_configuration_fits(capability: int, tmp_path: Path) -> None:
+    check(capability, tmp_path, "thorough")
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_for(int(sys.argv[1]), "thorough" in sys.argv)))
