@@ -61,8 +61,9 @@ def answer(model: nn.Module, tokenizer: BaiChuanTokenizer, prompts: Sequence[Seq
 
 
 def decode(tokenizer: BaiChuanTokenizer, ids: Sequence[int]) -> str:
-    """The text of ids, control tokens left out."""
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+    """The text of ids, control tokens left out; a vocabulary that is larger than the tokenizer has rows without a text."""
+    known = [i if i < len(tokenizer) else tokenizer.unk_token_id for i in ids]
+    return str(tokenizer.decode(known, skip_special_tokens=True)).strip()
 
 
 def write(samples: Sequence[Sample], path: Path) -> None:

@@ -38,7 +38,7 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), *, memory: float | Non
     for record in data.train[: TRANSCRIPT_RECORDS if data.report.speakers else 1]:
         show_record(record, base)
     with torch.device("meta"):
-        model = plan.build(base.config, recipe.lora, base.dtype, str(recipe.path))
+        model = plan.build(base.config, recipe.lora, base.dtype, "reference", str(recipe.path))
     show_table(model)
     show_steps(data, recipe, settings)
     show_memory(recipe, base, data, memory)
@@ -117,17 +117,20 @@ def show_memory(recipe: Recipe, base: Base, data: Dataset, memory: float | None)
     """What fits this machine, and common cards. Raises MemoryBudgetError where it does not fit this one."""
     longest = max(len(record["input_ids"]) for record in [*data.train, *data.eval])
     wanted = recipe.train.gradient_checkpointing
-    on_gpu = base.device.type == "cuda" or memory is not None
+    device = base.device if memory is None else torch.device("cuda")
+    card_dtype = torch.bfloat16 if recipe.lora else base.dtype
+    dtype = base.dtype if device == base.device else card_dtype
     here = memory * plan.GIB if memory is not None and base.device.type != "cuda" else plan.here(base.device, memory)
-    needs = plan.make(base.config, recipe.lora, base.dtype, on_gpu, recipe.train.optim)
-    card = plan.make(base.config, recipe.lora, torch.bfloat16 if recipe.lora else base.dtype, True, recipe.train.optim)
+    needs = plan.make(base.config, recipe.lora, dtype, device, recipe.train.optim, backend=recipe.model.backend)
+    card = plan.make(base.config, recipe.lora, card_dtype, torch.device("cuda"), recipe.train.optim, backend=recipe.model.backend)
     table = Table("memory", "longest row", "every layer recomputed", "needs", box=None, pad_edge=False)
-    chosen = plan.choose(needs, here, longest, wanted, plan.GPU_ROW if on_gpu else plan.CPU_ROW)
+    chosen = plan.choose(needs, here, longest, wanted, plan.GPU_ROW if device.type == "cuda" else plan.CPU_ROW)
     table.add_row(*row("this run" if memory is None else f"{memory:g} GiB", chosen))
     for size in CARDS:
         table.add_row(*row(f"a card of {size} GiB", plan.choose(card, size * plan.GIB, longest, wanted, plan.GPU_ROW)))
     console.print(table)
-    token = f"{needs.plain.per_token / 1e6:.2f} MB a token of a row, {needs.checkpointed.per_token / 1e6:.2f} with layers recomputed"
+    plain, recomputed = (needs.curve(how).per_token / 1e6 for how in (False, True))
+    token = f"{plain:.2f} MB a token of a row, {recomputed:.2f} with layers recomputed"
     say(f"the longest record has {longest:,} tokens; frozen weights {needs.weights / plan.GIB:.1f} GiB, {token}")
     try:
         plan.require(needs, chosen, longest)

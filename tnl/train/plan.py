@@ -1,14 +1,18 @@
-"""What a run needs of memory, from shapes alone, and the largest rows that fit.
+"""What a run needs of memory, and the largest rows that fit.
 
-A step is run on PyTorch's meta device, which computes nothing but makes every tensor's shape, and the bytes that live at once are
-counted; two depths and two lengths give the rest, since memory is linear in both. So the plan knows whatever the layer's code does.
+Steps of one and of two layers are run at a few row lengths, and the bytes that live at once are counted; memory is linear in layers
+and, between those lengths, in tokens, which gives the rest. On a GPU that is done with its own kernels, else on PyTorch's meta device,
+which computes nothing but makes every tensor's shape. So the plan knows whatever the layer's code does.
 """
 
+import contextlib
 import copy
 import json
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +28,23 @@ from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.sections import LoraSection
 from tnl.train import lora
-from tnl.train.step import Rows, enable_checkpointing, step
+from tnl.train.step import Rows, enable_checkpointing, forward_backward
 
 GIB = 1024**3
-CUDA_OVERHEAD = 0.55 * GIB
-"""Context, kernels and the workspaces of cuBLAS, which PyTorch does not count; measured on an H100."""
-FRAGMENTS = 1.06
-"""How much more than its tensors the allocator reserves."""
+CONTEXT = 0.75 * GIB
+"""What a CUDA process holds beside PyTorch's own memory: context, kernels. Measured on an H100."""
+OVERHEAD = 1.1 * GIB
+"""CONTEXT, and what the allocator holds of a 7B's weights beyond their bytes."""
+FRAGMENTS = {False: 1.08, True: 1.3}
+"""How much more than its tensors a row makes the allocator hold, without and with layers recomputed: measured with the 7B on an H100,
+where the plan was within 3% of the card's use for rows of 400 to 8,000 tokens."""
 LADDER = [2**n * base // 4 for n in range(6, 19) for base in (4, 6)]
 """Row budgets that are chosen from: 64, 96, 128, 192 ... so that a little more or less free memory gives the same rows, and bits."""
 CPU_ROW = 4096
 """Longer rows are no faster on a CPU, nor on a GPU beyond GPU_ROW."""
 GPU_ROW = 16384
-DEPTHS, LENGTHS = (2, 3), (256, 512)
+LENGTHS = (256, 1024, 2048)
+"""Row lengths that are traced; up to 1,024 tokens the logits grow with the row."""
 
 
 class Live(TorchDispatchMode):
@@ -69,14 +77,21 @@ class Live(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
-class Line:
-    """peak bytes = fixed + per_token x tokens of a row."""
+class Curve:
+    """Peak bytes of a row against its tokens: straight between the points, and on beyond the last two."""
 
-    fixed: float
-    per_token: float
+    points: tuple[tuple[int, float], ...]
 
     def at(self, tokens: int) -> float:
-        return self.fixed + self.per_token * tokens
+        pairs = list(pairwise(self.points))
+        (t1, y1), (t2, y2) = next((pair for pair in pairs if tokens <= pair[1][0]), pairs[-1])
+        return max(y1 + (y2 - y1) / (t2 - t1) * (tokens - t1), 0.0)
+
+    @property
+    def per_token(self) -> float:
+        """Bytes that one more token of a long row takes."""
+        (t1, y1), (t2, y2) = self.points[-2:]
+        return (y2 - y1) / (t2 - t1)
 
 
 @dataclass(frozen=True)
@@ -89,16 +104,14 @@ class Plan:
     """Trained weights."""
     states: int
     """What the optimizer keeps of each trained weight, in copies of it: 2 for Adam."""
-    plain: Line
-    """Activations, logits, temporaries and gradients of a row."""
-    checkpointed: Line
-    """The same where layers are recomputed."""
+    curve: Callable[[bool], Curve]
+    """Activations, logits, temporaries and gradients of a row; of the argument True, where layers are recomputed. Traced when asked for."""
     overhead: float
 
     def total(self, tokens: int, checkpointing: bool) -> float:
         """Bytes at the highest point of a step whose longest row has so many tokens: in its backward pass, or in the update."""
-        row = (self.checkpointed if checkpointing else self.plain).at(tokens)
-        fragments = FRAGMENTS if self.overhead else 1.0
+        row = self.curve(checkpointing).at(tokens)
+        fragments = FRAGMENTS[checkpointing] if self.overhead else 1.0
         return self.weights + self.overhead + fragments * (self.trained * (1 + self.states) + max(row, 2 * self.trained))
 
     def row_budget(self, memory: float, checkpointing: bool, most: int) -> int | None:
@@ -146,11 +159,11 @@ def require(plan: Plan, choice: Choice, longest: int) -> int:
 def here(device: torch.device, gib: float | None = None) -> float:
     """Bytes that a run may use: of the GPU what is free (and what this process was given of it), of a CPU's memory 70%; at most `gib`."""
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        mine = (
-            total * torch.cuda.get_per_process_memory_fraction(device) if hasattr(torch.cuda, "get_per_process_memory_fraction") else total
-        )
-        found = min(free + torch.cuda.memory_reserved(device), mine + CUDA_OVERHEAD)
+        index = device.index or 0
+        free, total = torch.cuda.mem_get_info(index)
+        # torch 2.11 cannot say what it was told
+        told = getattr(torch.cuda, "get_per_process_memory_fraction", lambda index: 1.0)
+        found = min(free + torch.cuda.memory_reserved(index), total * told(index) + CONTEXT)
     else:
         found = 0.7 * psutil.virtual_memory().total
         limit = Path("/sys/fs/cgroup/memory.max")  # a container's
@@ -162,8 +175,9 @@ def here(device: torch.device, gib: float | None = None) -> float:
 def cap(device: torch.device, gib: float) -> None:
     """Keep this process within so much of the GPU's memory: the allocator refuses more, as a smaller card would."""
     if device.type == "cuda":
-        total = torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(min((gib * GIB - CUDA_OVERHEAD) / total, 1.0), device)
+        index = device.index or 0
+        total = torch.cuda.mem_get_info(index)[1]
+        torch.cuda.set_per_process_memory_fraction(min((gib * GIB - CONTEXT) / total, 1.0), index)
 
 
 def words(plan: Plan, choice: Choice) -> str:
@@ -189,42 +203,87 @@ def make(
     config: TransnormerConfig,
     section: LoraSection | None,
     dtype: torch.dtype,
-    cuda: bool,
+    device: torch.device,
     optimizer: str = "adamw_torch",
     where: str = "recipe",
+    backend: str = "auto",
 ) -> Plan:
-    """The plan of a model of this config with this LoRA: exact for weights, traced for activations. Raises as lora.attach."""
+    """The plan of a model of this config with this LoRA on this device: exact for weights, traced for activations.
+
+    A GPU that is not there is planned for by shapes alone. Raises as lora.attach.
+    """
     with torch.device("meta"):
-        whole = list(build(config, section, dtype, where).parameters())
+        whole = list(build(config, section, dtype, "reference", where).parameters())
     frozen = sum(p.numel() * p.element_size() for p in whole if not p.requires_grad)
     trained = sum(p.numel() * p.element_size() for p in whole if p.requires_grad)
-    plain, checkpointed = (fit(config, section, dtype, recompute) for recompute in (False, True))
-    return Plan(frozen, trained, OPTIMIZER_STATES.get(optimizer, 2), plain, checkpointed, CUDA_OVERHEAD if cuda else 0.0)
+    overhead = OVERHEAD if device.type == "cuda" else 0.0
+    traces = partial(fit, config, section, dtype, device, backend)
+    return Plan(frozen, trained, OPTIMIZER_STATES.get(optimizer, 2), traces, overhead)
 
 
-def build(config: TransnormerConfig, section: LoraSection | None, dtype: torch.dtype, where: str = "recipe") -> nn.Module:
+def build(config: TransnormerConfig, section: LoraSection | None, dtype: torch.dtype, backend: str, where: str = "recipe") -> nn.Module:
     """A model with its adapters on the default device; no weight is read."""
     model: Any = TransnormerForCausalLM(config).to(dtype)  # type: ignore[arg-type]
-    model.model.ops = ops("reference")  # the one backend that runs on shapes alone, and the hungriest
+    model.model.ops = ops(backend)
     return lora.attach(model, section, where, 0, lambda line: None)
 
 
-def fit(config: TransnormerConfig, section: LoraSection | None, dtype: torch.dtype, recompute: bool) -> Line:
-    """Extrapolate four small traces to the depth of the config, linear in layers and tokens."""
-    return fit_cached(config.to_json_string(use_diff=False), section and section.model_dump_json(exclude_unset=True), dtype, recompute)
+def fit(
+    config: TransnormerConfig, section: LoraSection | None, dtype: torch.dtype, device: torch.device, backend: str, recompute: bool
+) -> Curve:
+    """Extrapolate traces of one and two layers to the depth of the config."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        with contextlib.suppress(torch.OutOfMemoryError):  # then by shapes, which need no memory
+            return curve(config, section, dtype, device, backend, recompute)
+    return curve(config, section, dtype, torch.device("meta"), "reference", recompute)
+
+
+def curve(
+    config: TransnormerConfig, section: LoraSection | None, dtype: torch.dtype, device: torch.device, backend: str, recompute: bool
+) -> Curve:
+    settings = None if section is None else everywhere(section).model_dump_json(exclude_unset=True)
+    return traced(config.to_json_string(use_diff=False), settings, dtype, recompute, str(device), backend)
 
 
 @lru_cache(maxsize=16)
-def fit_cached(config_json: str, section_json: str | None, dtype: torch.dtype, recompute: bool) -> Line:
-    """`fit` by values: a process that plans the same again (a notebook, a sweep) need not trace again."""
+def traced(config_json: str, section_json: str | None, dtype: torch.dtype, recompute: bool, device: str, backend: str) -> Curve:
+    """`curve` by values: a process that plans the same again (a notebook, a sweep) need not trace again."""
     config = TransnormerConfig(**json.loads(config_json))
     section = None if section_json is None else LoraSection.model_validate_json(section_json)
-    (l1, l2), (t1, t2) = DEPTHS, LENGTHS
-    peaks = {(layers, t): trace(shallow(config, layers), section, dtype, t, recompute) for layers in DEPTHS for t in LENGTHS}
-    slopes = {layers: (peaks[layers, t2] - peaks[layers, t1]) / (t2 - t1) for layers in DEPTHS}
-    fixed = {layers: peaks[layers, t1] - slopes[layers] * t1 for layers in DEPTHS}
-    more = config.decoder_layers - l1
-    return Line(fixed[l1] + more * (fixed[l2] - fixed[l1]), slopes[l1] + more * (slopes[l2] - slopes[l1]))
+    peaks: dict[int, list[int]] = {}
+    for layers in (1, 2):
+        model = shallow_model(config, layers, section, dtype, device, backend)
+        if recompute:
+            enable_checkpointing(model)
+        peaks[layers] = [trace(model, tokens) for tokens in LENGTHS]
+        del model
+    return Curve(tuple((t, one + (config.decoder_layers - 1) * (two - one)) for t, one, two in zip(LENGTHS, peaks[1], peaks[2])))
+
+
+def everywhere(section: LoraSection) -> LoraSection:
+    """The section without what names single layers, which a shallow model may not have: never less memory."""
+    wanted = section.target_modules
+    named = isinstance(wanted, list) and not any("." in word for word in wanted)
+    changes = {"target_modules": wanted if named else "all-linear"}
+    kept = {name: value for name, value in section.arguments().items() if name not in LAYERWISE}
+    return LoraSection(**{**kept, **changes})
+
+
+LAYERWISE = ("exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern")
+
+
+def shallow_model(
+    config: TransnormerConfig, layers: int, section: LoraSection | None, dtype: torch.dtype, device: str, backend: str
+) -> nn.Module:
+    """A model of so many layers in training mode; on a GPU its weights are zeros, which take the same memory."""
+    with torch.device("meta"):
+        model = build(shallow(config, layers), section, dtype, backend).train()
+    if device != "meta":
+        model = model.to_empty(device=device)
+        with torch.no_grad():
+            for x in (*model.parameters(), *model.buffers()):
+                x.zero_()
+    return model
 
 
 def shallow(config: TransnormerConfig, layers: int) -> TransnormerConfig:
@@ -236,13 +295,21 @@ def shallow(config: TransnormerConfig, layers: int) -> TransnormerConfig:
     return less
 
 
-def trace(config: TransnormerConfig, section: LoraSection | None, dtype: torch.dtype, tokens: int, recompute: bool) -> int:
+def trace(model: nn.Module, tokens: int) -> int:
     """Most bytes that live at once in a step of one row of `tokens` tokens, all supervised, beyond the weights."""
-    with torch.device("meta"):
-        model = build(config, section, dtype).train()
-    if recompute:
-        enable_checkpointing(model)
     record = {"id": "plan", "input_ids": [1] * tokens, "labels": [1] * tokens}
-    with Live(model) as live:
-        step(model, [record], Rows(tokens))
-    return live.peak
+    device = next(model.parameters()).device
+    rows = Rows(tokens)
+    try:
+        if device.type != "cuda":
+            with Live(model) as live:
+                forward_backward(model, rows, [record], tokens)
+            return live.peak
+        forward_backward(model, rows, [record], tokens)  # a kernel's first call may take memory of its own
+        model.zero_grad(set_to_none=True)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        forward_backward(model, rows, [record], tokens)
+        return torch.cuda.max_memory_allocated(device) - before
+    finally:
+        model.zero_grad(set_to_none=True)

@@ -132,7 +132,7 @@ def fingerprint_of(recipe: Recipe, base: Base) -> dict[str, Any]:
 def plan_rows(recipe: Recipe, base: Base, data: Dataset, memory: float | None) -> Rows:
     """Rows that fit this machine, said in one line. Raises MemoryBudgetError before any weight is loaded."""
     longest = max(len(record["input_ids"]) for record in [*data.train, *data.eval])
-    needs = plan.make(base.config, recipe.lora, base.dtype, base.device.type == "cuda", recipe.train.optim, str(recipe.path))
+    needs = plan.make(base.config, recipe.lora, base.dtype, base.device, recipe.train.optim, str(recipe.path), recipe.model.backend)
     most = plan.GPU_ROW if base.device.type == "cuda" else plan.CPU_ROW
     choice = plan.choose(needs, plan.here(base.device, memory), longest, recipe.train.gradient_checkpointing, most)
     budget = plan.require(needs, choice, longest)
