@@ -88,6 +88,28 @@ def test_what_stands_in_the_folder(base: Path, make_adapter: Make, tmp_path: Pat
     assert "adapter_config.json" not in [file.name for file in out.iterdir()]
 
 
+def test_a_base_that_moved(base: Path, make_adapter: Make, tmp_path: Path) -> None:
+    old = Path(shutil.copytree(base, tmp_path / "old"))
+    adapter = make_adapter(on=old)
+    old.rename(tmp_path / "new")
+    with pytest.raises(ModelError, match="--base FOLDER"):
+        run(adapter, tmp_path / "out")
+    run(adapter, tmp_path / "out", base=str(tmp_path / "new"))
+
+
+def test_an_adapter_that_changes_nothing_is_said_to(make_adapter: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = make_adapter(std=0.0)
+    run(adapter, tmp_path / "out")
+    assert "the adapter changes none" in capsys.readouterr().out
+
+
+def test_a_wrong_merge_is_not_written(make_adapter: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "merge_layer", lambda name, module: None)
+    with pytest.raises(NumbersError, match=r"answers otherwise: .* 100\.00% of what the adapter changes"):
+        run(make_adapter(), tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".tnl*"))
+
+
 def test_the_same_bytes_each_time(make_adapter: Make, tmp_path: Path) -> None:
     adapter = make_adapter()
     for name in ("one", "two"):

@@ -25,7 +25,7 @@ SHARD = 4 << 30
 """Bytes of one file of weights."""
 PROBE = 64
 """Tokens that adapter and merged model are compared on."""
-BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Largest difference of logits, as a share of the largest logit, beyond which the merged model is not written."""
 
 
@@ -37,35 +37,40 @@ class Report:
     """Largest difference of two logits."""
     largest: float
     """The largest logit."""
+    share: float
+    """The difference as a share of what the adapter changes, both as root mean squares; infinite where it changes nothing."""
     same: float
     """Share of the probe's tokens after which both find the same next token most probable."""
     dtype: torch.dtype
-    parameters: int
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
+        share = "the adapter changes none" if math.isinf(self.share) else f"{self.share:.2%} of what the adapter changes"
         return (
             f"largest difference of logits between adapter and merged model: {self.difference:.2g} (the largest logit is "
-            f"{self.largest:.3g}; most probable next token equal at {self.same:.0%} of {PROBE} positions; {dtype})"
+            f"{self.largest:.3g}; {share}; most probable next token equal at {self.same:.0%} of {PROBE} positions; {dtype})"
         )
 
 
-def run(run: str | Path, out: str | Path, dtype: str | None = None) -> None:
+def run(run: str | Path, out: str | Path, dtype: str | None = None, base: str | None = None) -> None:
     """Merge the adapter of a run (or an adapter's own folder) into its base and write the model to `out`.
 
-    dtype: of the merged weights; None or auto is the base's own. `out` must not exist, or be empty; it is there whole or not at all.
+    dtype: of the merged weights; None or auto is the base's own. base: where the base model is now; None: where the adapter says.
+    `out` must not exist, or be empty; it is there whole or not at all.
     Raises ModelError, NumbersError (not finite, or the merged model answers otherwise), StorageError.
     """
     adapter, target = adapter_folder(run), free_folder(out)
-    base = base_folder(adapter)
+    weights = base_folder(adapter, base)
     metadata = read_adapter_metadata(adapter)
     template = template_of(metadata, adapter)
-    chosen = stored_dtype(base) if dtype in (None, "auto") else as_dtype(dtype or "")
-    tokenizer = load_tokenizer(base)
-    require_space(target, sum(math.prod(shape) * chosen.itemsize for file in weight_files(base) for shape, _ in headers(file).values()))
-    model = load_adapter(load_model(base, dtype=chosen, device="cpu"), adapter)
+    chosen = stored_dtype(weights) if dtype in (None, "auto") else as_dtype(dtype or "")
+    tokenizer = load_tokenizer(weights)
+    require_space(target, sum(math.prod(shape) * chosen.itemsize for file in weight_files(weights) for shape, _ in headers(file).values()))
+    model = load_adapter(load_model(weights, dtype=chosen, device="cpu"), adapter)
     probe = torch.randint(3, len(tokenizer), (1, PROBE), generator=torch.Generator().manual_seed(0))
     before = logits_of(model, probe)
+    with model.disable_adapter():
+        bare = logits_of(model, probe)
     merged = merge(model)
     del model
     if target.is_dir():
@@ -74,10 +79,9 @@ def run(run: str | Path, out: str | Path, dtype: str | None = None) -> None:
         save_model(merged, folder)
         tokenizer.save_pretrained(folder)
         save_generation(merged, metadata.generation, folder)
-        parameters = sum(p.numel() for p in merged.parameters())
         del merged
         # what counts is what a reader of the folder gets
-        report = compare(before, logits_of(load_model(folder, dtype=chosen, device="cpu"), probe), chosen, parameters)
+        report = compare(before, logits_of(load_model(folder, dtype=chosen, device="cpu"), probe), bare, chosen)
         described = describe(folder, str(folder), template=template, system=metadata.system, generation=metadata.generation)
         assert described.base is not None
         write_metadata(folder, replace(described, base=replace(described.base, path=".", name=target.name)))
@@ -198,16 +202,19 @@ def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits.float()
 
 
-def compare(before: Tensor, after: Tensor, dtype: torch.dtype, parameters: int) -> Report:
-    """The report. Raises NumbersError where the two are further apart than rounding explains."""
+def compare(before: Tensor, after: Tensor, bare: Tensor, dtype: torch.dtype) -> Report:
+    """The report on logits with the adapter, merged, and of the base alone.
+
+    Raises NumbersError where the first two are further apart than rounding explains.
+    """
+    effect = float((before - bare).square().mean().sqrt())
     report = Report(
-        float((before - after).abs().max()),
-        float(before.abs().max()),
-        float((before.argmax(-1) == after.argmax(-1)).float().mean()),
-        dtype,
-        parameters,
+        difference=float((before - after).abs().max()),
+        largest=float(before.abs().max()),
+        share=float((before - after).square().mean().sqrt()) / effect if effect else math.inf,
+        same=float((before.argmax(-1) == after.argmax(-1)).float().mean()),
+        dtype=dtype,
     )
-    bound = BOUNDS.get(dtype, 1e-4)
-    if not report.difference <= bound * max(report.largest, 1.0):
+    if not report.difference <= BOUNDS.get(dtype, 1e-4) * max(report.largest, 1.0):
         raise NumbersError("", f"the merged model answers otherwise: {report}", "Merge with --dtype float32")
     return report

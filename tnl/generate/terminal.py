@@ -14,13 +14,20 @@ from rich.text import Text
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
+class Pipe(Console):
+    """A console that leaves a reader's going away to the command line, which knows the exit code."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 class Screen:
     """Writes text as it comes. Control characters of a model or a file are made visible; what the encoding lacks is escaped."""
 
     def __init__(self, out: TextIO | None = None) -> None:
         self.out = sys.stdout if out is None else out
         self.encoding = getattr(self.out, "encoding", None) or "utf-8"
-        self.console = Console(file=self.out, highlight=False, soft_wrap=True)
+        self.console = Pipe(file=self.out, highlight=False, soft_wrap=True)
 
     def write(self, text: str) -> None:
         """A piece of an answer, shown at once."""
