@@ -42,11 +42,9 @@ class Guard:
         number: of the step, from 1. loss_of: measures one record, to name the guilty ones. Raises NumbersError before the update.
         """
         self.norms = gradient_norms(p for _, p in self.parameters)
-        flags = [torch.isfinite(result.loss), torch.isfinite(self.norms).all()]
-        kept = [x for _, x in tensors_of(dict(optimizer.state), "") if x.is_floating_point() and x.numel() > 1]
-        if kept:
-            flags += [torch.isfinite(norm) for norm in torch._foreach_norm(kept)]
-        if not bool(torch.stack([flag.to(self.norms.device) for flag in flags]).all()):
+        kept = kept_by(optimizer)
+        watched = torch.stack([result.loss.float(), *(torch._foreach_norm(kept) if kept else ())]).to(self.norms.device)
+        if not bool(torch.isfinite(torch.cat([self.norms, watched.float()])).all()):
             raise self.not_finite(result, batch, optimizer, number, loss_of)
         self.had_gradient |= self.norms > 0
         self.steps += 1
@@ -76,6 +74,12 @@ class Guard:
             first = self.parameters[silent[0]][0]
             what = f"{len(silent)} of {int(self.is_matrix.sum())} adapter matrices have had no gradient so far (first: {first})"
             raise NumbersError(f"step {number}", what, "Take them out of lora.target_modules, or report it.")
+
+
+def kept_by(optimizer: Any) -> list[Tensor]:
+    """What an optimizer remembers of the gradients; its counters are not among it."""
+    states = optimizer.state.values()
+    return [x for state in states for x in state.values() if isinstance(x, Tensor) and x.is_floating_point() and x.numel() > 1]
 
 
 def first_bad(model: nn.Module, optimizer: Any) -> str | None:

@@ -19,6 +19,7 @@ from tnl.storage import require_space, staged
 from tnl.train import checkpoint
 from tnl.train.arguments import Settings
 from tnl.train.guard import Guard
+from tnl.train.lora import count_parameters
 from tnl.train.order import Batch, StepSampler
 from tnl.train.step import Rows, seed_all, seed_of, step
 
@@ -72,6 +73,9 @@ class TnlTrainer(Trainer):
         self.settings, self.rows, self.stop_requested = settings, rows, stop_requested
         self.run = RunDir(Path(str(args.output_dir)))
         self.guard = Guard(model)
+        trained, everything = count_parameters(model)
+        self.operations_a_token = 4 * everything + 2 * trained
+        """Forward 2 and input gradients 2 for every weight, weight gradients 2 for those that are trained."""
         self.supervised = 0
         self.pending_evaluation = False
         self.saved_step: int | None = None
@@ -159,9 +163,7 @@ class TnlTrainer(Trainer):
             raise recipe_error("train.lr_scheduler_kwargs", error) from error
 
     def floating_point_ops(self, inputs: Batch) -> int:  # type: ignore[override]
-        frozen = sum(p.numel() for p in self.net.parameters() if not p.requires_grad)
-        trained = sum(p.numel() for _, p in self.guard.parameters)
-        return (4 * frozen + 6 * trained) * inputs.tokens
+        return self.operations_a_token * inputs.tokens
 
     def _track_num_input_tokens(self, inputs: Batch) -> None:
         self.state.num_input_tokens_seen += inputs.tokens
