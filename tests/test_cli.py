@@ -101,19 +101,19 @@ def test_every_target_exists_and_takes_what_it_is_given(command: str) -> None:
     target = getattr(importlib.import_module(module), function)
     options = typer.main.get_command(cli.app).commands[command].params  # type: ignore[attr-defined]
     names = [parameter.name for parameter in options if parameter.name != "help"]
-    shared = [name for name in names if command in ("chat", "generate") and name in cli.TALK]
+    shared = [name for name in names if name == "memory" or (command in ("chat", "generate") and name in cli.TALK)]
     inspect.signature(target).bind(*(name for name in names if name not in shared), **dict.fromkeys(shared))
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["train", "r.yaml", "train.seed=1", "lora.r=2"], ((Path("r.yaml"), ["train.seed=1", "lora.r=2"]), {})),
-        (["train", "r.yaml", "train.max_steps=-1"], ((Path("r.yaml"), ["train.max_steps=-1"]), {})),
-        (["check", "r.yaml"], ((Path("r.yaml"), []), {})),
+        (["train", "r.yaml", "train.seed=1", "lora.r=2"], ((Path("r.yaml"), ["train.seed=1", "lora.r=2"]), {"memory": None})),
+        (["train", "r.yaml", "train.max_steps=-1"], ((Path("r.yaml"), ["train.max_steps=-1"]), {"memory": None})),
+        (["check", "r.yaml", "--memory", "24"], ((Path("r.yaml"), []), {"memory": 24.0})),
         (["resume", "output/x"], ((Path("output/x"),), {})),
-        (["merge", "output/x", "merged"], ((Path("output/x"), Path("merged"), "auto"), {})),
-        (["merge", "output/x", "merged", "--dtype", "float32"], ((Path("output/x"), Path("merged"), "float32"), {})),
+        (["merge", "output/x", "merged"], ((Path("output/x"), Path("merged"), "auto", None), {})),
+        (["merge", "output/x", "merged", "--dtype", "float32"], ((Path("output/x"), Path("merged"), "float32", None), {})),
         (["download", "a/b", "--hub", "modelscope"], (("a/b", "modelscope", None, None), {})),
         (["demo", "--name", "小红"], (("小红", Path("output/demo")), {})),
         (["evaluate", "r.yaml"], ((Path("r.yaml"), []), {})),

@@ -38,6 +38,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+Memory = Annotated[float | None, typer.Option(min=0.5, help="GiB of the GPU that may be used, as if the card were smaller.")]
+Base = Annotated[str | None, typer.Option(help="The base model, where it is no longer where the run found it.")]
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file such as those in recipes/.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Values that replace the recipe's.")]
 Talker = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A model's folder or repository, demo, or the folder of a run.")]
@@ -49,7 +51,7 @@ TALK: dict[str, tuple[Any, Any]] = {
     "top_p": (Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Draw from the tokens that together reach this share.")], None),
     "max_new_tokens": (Annotated[int | None, typer.Option(min=1, help="Tokens an answer may have.")], None),
     "seed": (Annotated[int | None, typer.Option(min=0, help="Where the draws start: the same seed gives the same answer.")], None),
-    "base": (Annotated[str | None, typer.Option(help="The base model, where it is no longer where the run found it.")], None),
+    "base": (Base, None),
     "device": (Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")], "auto"),
     "dtype": (Annotated[str, typer.Option(help="auto, bfloat16 or float32.")], "auto"),
 }
@@ -80,10 +82,10 @@ def _options(
 
 
 @app.command()
-def train(recipe: RecipePath, overrides: Overrides = None) -> None:
+def train(recipe: RecipePath, overrides: Overrides = None, memory: Memory = None) -> None:
     """Fine-tune as a recipe says; the same command again continues an unfinished run."""
     _check_recipe(recipe, overrides)
-    _call("train", recipe, overrides or [])
+    _call("train", recipe, overrides or [], memory=memory)
 
 
 @app.command()
@@ -93,10 +95,10 @@ def resume(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder o
 
 
 @app.command()
-def check(recipe: RecipePath, overrides: Overrides = None) -> None:
+def check(recipe: RecipePath, overrides: Overrides = None, memory: Memory = None) -> None:
     """Show what a recipe would do, without training: records, parameters, memory."""
     _check_recipe(recipe, overrides)
-    _call("check", recipe, overrides or [])
+    _call("check", recipe, overrides or [], memory=memory)
 
 
 @app.command()
@@ -134,9 +136,10 @@ def merge(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or of an adapter.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of the merged model; must not exist.")],
     dtype: Annotated[str, typer.Option(help="auto (the base's), bfloat16 or float32.")] = "auto",
+    base: Base = None,
 ) -> None:
     """Write base and adapter as one model that needs no peft."""
-    _call("merge", run, out, dtype)
+    _call("merge", run, out, dtype, base)
 
 
 @app.command()
