@@ -42,18 +42,19 @@ def configurations(thorough: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
 
     yield attention(bf, 128, 128, SMALL, False)
     yield attention(bf, 128, 128, LONG, True)
-    yield attention(bf, 256, 128, LONG, True)
-    yield attention(bf, 80, 48, LONG, True)
-    yield attention(half, 128, 128, SMALL, False)
+    yield attention(bf, 256, 128, SMALL, False)
     yield attention(full, 128, 128, SMALL, False)
     if thorough:
+        yield attention(bf, 256, 128, LONG, True)
+        yield attention(bf, 80, 48, LONG, True)
+        yield attention(half, 128, 128, SMALL, False)
         yield attention(bf, 16, 256, LONG, True)
+        yield "packed row", lambda: both((1, 2048), 128, 128, bf, packed=True, states=False, silu=True)
+        yield "few heads", lambda: both((1, 2048), 128, 128, bf, packed=True, states=False, silu=True, H=8)
         yield attention(half, 128, 128, LONG, True)
         yield attention(full, 128, 128, LONG, True)
         yield attention(full, 256, 256, SMALL, False)
         yield attention(full, 256, 256, LONG, True)
-    yield "packed row", lambda: both((1, 2048), 128, 128, bf, packed=True, states=False, silu=True)
-    yield "few heads", lambda: both((1, 2048), 128, 128, bf, packed=True, states=False, silu=True, H=8)
     for dtype, K, V in ((bf, 128, 128), (bf, 256, 128), (full, 256, 256)):
         args = *(torch.empty(2, 4, d, dtype=dtype) for d in (K, K, V)), torch.empty(4), torch.empty(2, 4, K, V)
         yield f"step {dtype} K {K} V {V}", lambda a=args: lightning_step(*a, silu=True)
@@ -108,13 +109,16 @@ def compile_for(capability: int, thorough: bool) -> dict[str, Any]:
 
 def check(capability: int, cache: Path, *options: str) -> None:
     pytest.importorskip("triton", reason="no Triton for this platform")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "TRITON_CACHE_DIR": str(cache),
+        "TRITON_DISABLE_LINE_INFO": "1",
+    }
     command = [sys.executable, __file__, str(capability), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert not found["refused"]
-    assert len(found["shared"]) >= 25
+    assert len(found["shared"]) >= 16
     limit = CARDS[capability][1] * 1024
     assert not {name: size for name, size in found["shared"].items() if size > limit}
 
