@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from tnl.errors import RecipeError
-from tnl.fields import TrainingFields
 from tnl.sections import TrainSection
 
 REFUSED = {
@@ -109,6 +109,7 @@ def build(section: TrainSection, where: str, run: Path, device: torch.device, me
     except (ValueError, TypeError, ImportError, NotImplementedError, RuntimeError) as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RecipeError(f"{where}:train", f"transformers refuses it: {said.rstrip('.')}", "Change that field.") from error
+    check_trackers(list(arguments.report_to or []), where)
     # with several GPUs Trainer would wrap the model in DataParallel
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments, settings
@@ -138,9 +139,19 @@ def check(given: dict[str, Any], where: str, measured: bool) -> None:
         )
 
 
+def check_trackers(wanted: list[str], where: str) -> None:
+    """Every tracker must exist and be installed; Trainer would say so only after the model is loaded."""
+    here = get_available_reporting_integrations()
+    for name in wanted:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise RecipeError(f"{where}:train.report_to", f'no tracker is called "{name}" (there are {", ".join(INTEGRATION_TO_CALLBACK)})')
+        if name not in here:
+            raise RecipeError(f"{where}:train.report_to", f"{name} is not installed", f"Install it (pip install {name}), or leave it out.")
+
+
 def default_of(name: str) -> Any:
-    """What transformers takes where a field is not given."""
-    return TrainingFields.model_fields[name].default
+    """What counts where a field is not given."""
+    return TrainSection.model_fields[name].default
 
 
 def rename_checkpointing(fields: dict[str, Any]) -> None:

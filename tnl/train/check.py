@@ -124,10 +124,11 @@ def show_memory(recipe: Recipe, base: Base, data: Dataset, memory: float | None)
     needs = plan.make(base.config, recipe.lora, dtype, device, recipe.train.optim, backend=recipe.model.backend)
     card = plan.make(base.config, recipe.lora, card_dtype, torch.device("cuda"), recipe.train.optim, backend=recipe.model.backend)
     table = Table("memory", "longest row", "every layer recomputed", "needs", box=None, pad_edge=False)
-    chosen = plan.choose(needs, here, longest, wanted, plan.GPU_ROW if device.type == "cuda" else plan.CPU_ROW)
+    chosen = plan.choose(needs, here, longest, wanted, plan.longest_row(device, longest, recipe.train))
     table.add_row(*row("this run" if memory is None else f"{memory:g} GiB", chosen))
+    most = plan.longest_row(torch.device("cuda"), longest, recipe.train)
     for size in CARDS:
-        table.add_row(*row(f"a card of {size} GiB", plan.choose(card, size * plan.GIB, longest, wanted, plan.GPU_ROW)))
+        table.add_row(*row(f"a card of {size} GiB", plan.choose(card, size * plan.GIB, longest, wanted, most)))
     console.print(table)
     plain, recomputed = (needs.curve(how).per_token / 1e6 for how in (False, True))
     token = f"{plain:.2f} MB a token of a row, {recomputed:.2f} with layers recomputed"

@@ -26,7 +26,7 @@ from tnl.errors import MemoryBudgetError
 from tnl.kernels.dispatch import ops
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
-from tnl.sections import LoraSection
+from tnl.sections import LoraSection, TrainSection
 from tnl.train import lora
 from tnl.train.step import Rows, enable_checkpointing, forward_backward
 
@@ -178,6 +178,13 @@ def cap(device: torch.device, gib: float) -> None:
         index = device.index or 0
         total = torch.cuda.mem_get_info(index)[1]
         torch.cuda.set_per_process_memory_fraction(min((gib * GIB - CONTEXT) / total, 1.0), index)
+
+
+def longest_row(device: torch.device, longest: int, section: TrainSection) -> int:
+    """Tokens beyond which a longer row is of no use: it holds a whole step, or the machine is busy as it is."""
+    busy = GPU_ROW if device.type == "cuda" else CPU_ROW
+    step_tokens = longest * section.per_device_train_batch_size * section.gradient_accumulation_steps
+    return min(busy, next((tokens for tokens in LADDER if tokens >= step_tokens), busy))
 
 
 def words(plan: Plan, choice: Choice) -> str:

@@ -1,6 +1,7 @@
 """`tnl train` and `tnl resume`: the pipeline on one screen."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -109,6 +110,8 @@ def prepare(recipe: Recipe, memory: float | None = None) -> Base:
     folder = hub.resolve(recipe.model.path, recipe.model.hub, recipe.model.revision)
     config = read_config(folder)
     device = pick_device("cpu" if recipe.train.use_cpu else "auto")
+    # read when cuBLAS first runs: the same recipe gives the same bits on a GPU too
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if memory is not None:
         plan.cap(device, memory)
     wanted = recipe.model.dtype
@@ -133,7 +136,7 @@ def plan_rows(recipe: Recipe, base: Base, data: Dataset, memory: float | None) -
     """Rows that fit this machine, said in one line. Raises MemoryBudgetError before any weight is loaded."""
     longest = max(len(record["input_ids"]) for record in [*data.train, *data.eval])
     needs = plan.make(base.config, recipe.lora, base.dtype, base.device, recipe.train.optim, str(recipe.path), recipe.model.backend)
-    most = plan.GPU_ROW if base.device.type == "cuda" else plan.CPU_ROW
+    most = plan.longest_row(base.device, longest, recipe.train)
     choice = plan.choose(needs, plan.here(base.device, memory), longest, recipe.train.gradient_checkpointing, most)
     budget = plan.require(needs, choice, longest)
     say(plan.words(needs, choice))

@@ -116,7 +116,8 @@ class TnlTrainer(Trainer):
     # ---- one step -------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
-        self.net.train()
+        if not self.net.training:
+            self.net.train()
         self.optimizer_mode("train")
         result = step(self.net, inputs.records, self.rows, self.step_seed)
         self.guard.check(result, inputs, self.optimizer, self.state.global_step + 1, self.loss_of)
