@@ -1,0 +1,374 @@
+"""Continuous batching: requests are admitted to static slots, read by chunks between decoding steps, and drawn together.
+
+One step of the engine is one decoding step of all running answers and one chunk of one prompt. A prompt is read on its own, at one
+shape and from the same boundaries whatever else goes on; decoding has fixed shapes: so an answer does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tnl.generate.adapters import Adapters
+from tnl.generate.draft import Draft, draw, logprobs_of
+from tnl.generate.prefixes import Prefixes, State, load_state, model_key, save_state
+from tnl.generate.request import Answer, Closed, Piece, QueueFull, Request, Ticket
+from tnl.generate.slots import Slots, head, read_chunk
+
+log = logging.getLogger(__name__)
+READING = 4
+"""Prompts that are read at a time, a chunk of each in turn: a long one does not keep short ones waiting."""
+
+
+@dataclass
+class Reading:
+    """A prompt on its way into the slots that wait for it."""
+
+    ticket: Ticket
+    slots: list[int]
+    states: list[Tensor | None]
+    seen: int = 0
+    mark: int = 0
+    """Where to keep a copy of the states; 0 is nowhere."""
+
+
+@dataclass
+class Counts:
+    """What the engine has done since it was made."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    steps: int = 0
+    finished: Counter[str] = field(default_factory=Counter)
+    """Answers by how they ended."""
+
+
+class Engine:
+    """A model that answers many requests at once. `submit` from any thread; `start` runs it on a thread of its own, or call `step`.
+
+    slots: answers that run at a time. chunk: tokens of a prompt read at once. prefix_bytes: host memory for prefix states.
+    queue: requests that may wait. poison: fill freed states with NaN, for tests.
+    """
+
+    def __init__(
+        self,
+        model: Any,  # TransnormerForCausalLM
+        tokenizer: Any,
+        *,
+        adapters: Adapters | None = None,
+        slots: int = 8,
+        chunk: int | None = None,
+        prefix_bytes: int = 1 << 30,
+        queue: int = 64,
+        poison: bool = False,
+    ) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.slots = Slots(model, slots, poison=poison)
+        self.adapters = adapters or Adapters(model)
+        self.chunk = chunk or (32 if self.slots.device.type == "cpu" else 2048)
+        self.grid = min(self.chunk, 64)
+        self.prefixes = Prefixes(prefix_bytes, self.grid)
+        self.key = model_key(model)
+        self.queue = queue
+        self.counts = Counts()
+        self.closed = False
+        """Whether new work is refused."""
+        self.error: BaseException | None = None
+        """What the engine died of."""
+        self.on_death: Callable[[], None] | None = None
+        self._waiting: deque[Ticket] = deque()
+        self._reading: deque[Reading] = deque()
+        self._running: dict[int, Draft] = {}
+        self._rows = torch.zeros(len(self.slots), dtype=torch.long, device=self.slots.device)
+        """[slots]: each row's adapter in the bank."""
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    # ---------------------------------------------------------------- asking
+
+    def submit(self, request: Request, deliver: Callable[[Piece], None] | None = None) -> Ticket:
+        """Queue a request; `deliver` gets its pieces on the engine's thread.
+
+        Raises QueueFull, Closed, ValueError for what no request can be, KeyError where its adapter is not loaded.
+        """
+        vocabulary = self.model.config.vocab_size
+        if not request.ids or min(request.ids) < 0 or max(request.ids) >= vocabulary:
+            raise ValueError(f"a prompt has at least one id, each from 0 to {vocabulary - 1}")
+        if not 1 <= request.n <= len(self.slots) or request.settings.max_new_tokens < 1:
+            raise ValueError(f"n is from 1 to {len(self.slots)}, max_new_tokens at least 1")
+        ticket = Ticket(request, deliver)
+        with self._lock:
+            if self.closed:
+                raise Closed("no new requests are taken")
+            if len(self._waiting) >= self.queue:
+                raise QueueFull(f"{self.queue} requests wait already")
+            if request.adapter is not None:
+                self.adapters.hold(request.adapter)
+            self._waiting.append(ticket)
+        self._wake.set()
+        return ticket
+
+    def generate(self, request: Request) -> list[Answer]:
+        """All answers of one request; steps the engine itself where no thread does."""
+        ticket = self.submit(request)
+        while not ticket.done.is_set():
+            if self._thread is not None:
+                ticket.done.wait()
+            else:
+                self.step()
+        return ticket.answers
+
+    @property
+    def load(self) -> dict[str, int]:
+        """How many requests wait and are read, how many answers run, how many slots are free."""
+        return {
+            "waiting": len(self._waiting),
+            "reading": len(self._reading),
+            "running": len(self._running),
+            "free": self.slots.free,
+            "slots": len(self.slots),
+        }
+
+    # ---------------------------------------------------------------- keeping conversations
+
+    def scope(self, adapter: str | None) -> str:
+        """Whose states are whose: the weights, and the adapter's content."""
+        return self.key if adapter is None else f"{self.key}+{adapter}"
+
+    def save_state(self, path: Path, ids: tuple[int, ...], adapter: str | None = None, about: Mapping[str, Any] | None = None) -> None:
+        """Write what the model remembers after ids, read now where it is not kept. Raises StorageError."""
+        scope = self.scope(adapter)
+        state = self.prefixes.get(scope, ids) or self._read(ids, adapter)
+        save_state(path, State(state.ids, state.states, about or {}), scope)
+
+    def load_state(self, path: Path, adapter: str | None = None) -> State:
+        """Take up a saved state: a prompt that begins with its ids goes on from it without reading them. Raises ModelError."""
+        state = load_state(path, self.model, self.scope(adapter))
+        self.prefixes.put(self.scope(adapter), state)
+        return state
+
+    @torch.inference_mode()
+    def _read(self, ids: tuple[int, ...], adapter: str | None) -> State:
+        reading = Reading(Ticket(Request(ids, adapter=adapter)), [], [None] * len(self.slots.states))
+        while reading.seen < len(ids):
+            self._read_on(reading)
+        return self._state(ids, reading.states)
+
+    # ---------------------------------------------------------------- running
+
+    def start(self) -> None:
+        """Run on a thread until `close`."""
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are being worked on."""
+        return self.error is None and self._thread is not None and self._thread.is_alive()
+
+    def close(self) -> None:
+        """Take no new work, end what runs with an error, and end the thread."""
+        self.closed = True
+        self._stop.set()
+        self._wake.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        self._abort("the engine was stopped")
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                self._wake.clear()
+                if not self.step():
+                    self._wake.wait()
+        except BaseException as error:
+            log.critical("the engine died", exc_info=error)
+            self.error, self.closed = error, True
+            self._abort("the engine died; see the server's log")
+            if self.on_death is not None:
+                self.on_death()
+
+    def _abort(self, reason: str) -> None:
+        with self._lock:
+            waiting = list(self._waiting)
+            self._waiting.clear()
+        for ticket in waiting:
+            self._refuse(ticket, Piece(0, finish="error", error=reason))
+        while self._reading:
+            self._drop_reading(self._reading.popleft(), Piece(0, finish="error", error=reason))
+        for draft in list(self._running.values()):
+            draft.fail(reason)
+            self._close(draft)
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """One decoding step of all that runs and one chunk of one prompt; False where there was nothing to do."""
+        self._sweep()
+        self._admit()
+        decoded = self._decode()
+        return self._fill() or decoded
+
+    def _sweep(self) -> None:
+        """Let go of what nobody wants any more."""
+        with self._lock:
+            gone = [ticket for ticket in self._waiting if ticket.cancelled]
+            for ticket in gone:
+                self._waiting.remove(ticket)
+        for ticket in gone:
+            self._refuse(ticket, Piece(0, finish="cancelled"))
+        for reading in [reading for reading in self._reading if reading.ticket.cancelled]:
+            self._reading.remove(reading)
+            self._drop_reading(reading, Piece(0, finish="cancelled"))
+        for draft in [draft for draft in self._running.values() if draft.ticket.cancelled]:
+            draft.cancel()
+            self._close(draft)
+
+    def _admit(self) -> None:
+        """First come, first served: the first waits until it has all its slots."""
+        while len(self._reading) < READING:
+            with self._lock:
+                if not self._waiting or self._waiting[0].request.n > self.slots.free:
+                    return
+                ticket = self._waiting.popleft()
+            request, scope = ticket.request, self.scope(ticket.request.adapter)
+            reading = Reading(ticket, [self.slots.take() for _ in range(request.n)], [None] * len(self.slots.states))
+            if found := self.prefixes.find(scope, request.ids):
+                reading.states = [state.to(self.slots.device, copy=True) for state in found.states]
+                reading.seen = ticket.cached_tokens = len(found.ids)
+            mark = self.prefixes.shared(scope, request.ids)
+            reading.mark = mark if mark > reading.seen else 0
+            self._reading.append(reading)
+
+    def _fill(self) -> bool:
+        """Read a chunk of the prompt whose turn it is; once it is read, its answers run."""
+        if not self._reading:
+            return False
+        reading = self._reading.popleft()
+        try:
+            hidden = self._read_on(reading)
+            whole = reading.seen == len(reading.ticket.request.ids)
+            logits = self._logits(reading, hidden) if whole else None
+        except Exception as error:
+            # whatever it was, it was this prompt's: nobody else's state was touched
+            log.exception("reading a prompt failed")
+            self._drop_reading(reading, Piece(0, finish="error", error=f"reading the prompt failed ({type(error).__name__})"))
+            return True
+        if logits is None:
+            self._reading.append(reading)
+        else:
+            self._launch(reading, logits)
+        return True
+
+    def _read_on(self, reading: Reading) -> Tensor:
+        """Read up to the next boundary; returns the hidden [1, D] after it."""
+        request, start = reading.ticket.request, reading.seen
+        end = min(len(request.ids), (start // self.chunk + 1) * self.chunk)
+        if start < reading.mark < end:
+            end = reading.mark
+        size = -(-(end - start) // self.grid) * self.grid
+        wrap = None
+        if request.adapter is not None:
+            wrap = self.adapters.wrap(torch.tensor([self.adapters.row(request.adapter)], device=self.slots.device))
+        hidden, states = read_chunk(self.model, request.ids[start:end], reading.states, start, size, wrap)
+        reading.states, reading.seen = list(states), end
+        self.counts.prompt_tokens += end - start
+        if end == reading.mark:
+            self.prefixes.put(self.scope(request.adapter), self._state(request.ids[:end], states))
+        return hidden
+
+    def _logits(self, reading: Reading, hidden: Tensor) -> Tensor:
+        row = self.adapters.row(reading.ticket.request.adapter)
+        project = self.adapters.wrap_head(torch.tensor([row], device=self.slots.device)) if row else None
+        return head(self.model, hidden, project)
+
+    def _launch(self, reading: Reading, logits: Tensor) -> None:
+        """Put the states that have read the prompt into its slots, and draw each answer's first token from logits [1, V]."""
+        row = self.adapters.row(reading.ticket.request.adapter)
+        drafts = [Draft(reading.ticket, i, self.tokenizer, logits, slot) for i, slot in enumerate(reading.slots)]
+        for draft in drafts:
+            self.slots.put(draft.slot, reading.states, reading.seen)
+            self._rows[draft.slot] = row
+            self._running[draft.slot] = draft
+        reading.ticket.started = time.perf_counter()
+        self._advance(logits.expand(len(drafts), -1), drafts)
+
+    def _decode(self) -> bool:
+        """One token for every answer that runs."""
+        if not self._running:
+            return False
+        size = self.slots.bucket()
+        following = [0] * size
+        for slot, draft in self._running.items():
+            following[slot] = draft.ids[-1]
+        self.slots.ids[:size].copy_(torch.tensor(following)[:, None])
+        wrap = project = None
+        if any(draft.ticket.request.adapter is not None for draft in self._running.values()):
+            wrap, project = self.adapters.wrap(self._rows[:size]), self.adapters.wrap_head(self._rows[:size])
+        logits = self.slots.step(self.model, size, wrap, project)
+        self.counts.steps += 1
+        rows = sorted(self._running)
+        self._advance(logits[rows], [self._running[row] for row in rows])
+        return True
+
+    def _advance(self, logits: Tensor, drafts: list[Draft]) -> None:
+        """Draw a token for each draft from logits [B, V] and hand on what it says; one that fails fails alone."""
+        tokens = draw(logits, drafts)
+        told = logprobs_of(logits, tokens, drafts)
+        for draft, token, logprob in zip(drafts, tokens, told):
+            try:
+                if isinstance(token, str):
+                    draft.fail(token)
+                else:
+                    draft.push(token, logprob)
+            except Exception as error:
+                log.exception("an answer failed")
+                draft.fail(f"the answer could not be written ({type(error).__name__})")
+            if draft.last is not None:
+                self._close(draft)
+
+    # ---------------------------------------------------------------- ending
+
+    def _close(self, draft: Draft) -> None:
+        """Free the slot, keep the state where a next turn may go on from it, and hand over the last piece."""
+        last, ticket = draft.last, draft.ticket
+        assert last is not None
+        if draft.ended_by_id or last.finish == "length":
+            self.prefixes.put(self.scope(ticket.request.adapter), self._state(draft.read, self.slots.get(draft.slot)))
+        del self._running[draft.slot]
+        self._rows[draft.slot] = 0
+        self.slots.release(draft.slot)
+        self.counts.generated_tokens += last.tokens
+        self._give_last(ticket, last)
+
+    def _drop_reading(self, reading: Reading, last: Piece) -> None:
+        for slot in reading.slots:
+            self.slots.release(slot)
+        self._refuse(reading.ticket, last)
+
+    def _refuse(self, ticket: Ticket, last: Piece) -> None:
+        """End a ticket of which nothing runs."""
+        for index, answer in enumerate(ticket.answers):
+            if answer.finish is None:
+                self._give_last(ticket, Piece(index, finish=last.finish, error=last.error))
+
+    def _give_last(self, ticket: Ticket, last: Piece) -> None:
+        if ticket.open == 1 and ticket.request.adapter is not None:
+            with suppress(KeyError):
+                self.adapters.release(ticket.request.adapter)
+        self.counts.finished[last.finish or ""] += 1
+        ticket.give(last)
+
+    def _state(self, ids: tuple[int, ...], states: list[Tensor] | list[Tensor | None]) -> State:
+        return State(tuple(ids), tuple(state.to("cpu", copy=True) for state in states if state is not None))
