@@ -1,5 +1,6 @@
 """A model folder and records so small that a whole run takes a second or two."""
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 
 torch.set_num_threads(1)
+gc.freeze()  # Trainer collects garbage when it begins, half a second over all that torch has imported
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 SIZES: dict[str, Any] = {
     "vocab_size": 6000,

@@ -130,7 +130,7 @@ class Killed(Exception):
     """Stands for SIGKILL: nothing after it runs."""
 
 
-@pytest.mark.parametrize("at", [1, 3, 5, 7, 10])
+@pytest.mark.parametrize("at", [1, 4, 10])
 def test_a_run_killed_at_any_step_ends_in_the_same_bits(finished: RunDir, recipe: Path, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     real = TnlTrainer.training_step
 

@@ -103,16 +103,23 @@ def measure(
         for row in pack(records, row_budget):
             losses = token_losses(model, row, device, chunk).tolist()
             sums = list(per_record(row, losses))
-            for record, value in zip(row, sums):
-                if not math.isfinite(value):
-                    todo = "Look at the record and at the base model's weights."
-                    raise NumbersError(record["id"], f"the loss of this record is {value}", todo)
+            if not all(map(math.isfinite, sums)):
+                raise not_finite(model, row, device, chunk)
             total, tokens = total + math.fsum(sums), tokens + len(losses)
             if after_row is not None:
                 after_row()
     if not tokens:
         raise DataError("", f"none of the {len(records)} records has a supervised token", "Give records with an answer.")
     return Perplexity(total / tokens, tokens, len(records))
+
+
+def not_finite(model: nn.Module, row: Sequence[Mapping[str, Any]], device: torch.device, chunk: int) -> NumbersError:
+    """The error for a row whose losses are not finite; each record is measured alone, since one can spoil its neighbours."""
+    for record in row:
+        value = float(token_losses(model, [record], device, chunk).sum())
+        if not math.isfinite(value):
+            return NumbersError(record["id"], f"the loss of this record is {value}", "Look at the record and at the model's weights.")
+    return NumbersError(row[0]["id"], "the loss of this record and those after it is not finite", "Look at the model's weights.")
 
 
 def token_losses(model: nn.Module, row: Sequence[Mapping[str, Any]], device: torch.device, chunk: int = 1024) -> Tensor:
