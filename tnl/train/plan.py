@@ -23,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tnl.errors import MemoryBudgetError
-from tnl.kernels.dispatch import ops
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.sections import LoraSection, TrainSection
@@ -43,7 +42,7 @@ LADDER = [2**n * base // 4 for n in range(6, 19) for base in (4, 6)]
 CPU_ROW = 4096
 """Longer rows are no faster on a CPU, nor on a GPU beyond GPU_ROW."""
 GPU_ROW = 16384
-LENGTHS = (256, 1024, 2048)
+LENGTHS = (128, 1024, 1280)
 """Row lengths that are traced; up to 1,024 tokens the logits grow with the row."""
 
 
@@ -231,7 +230,7 @@ def make(
 def build(config: TransnormerConfig, section: LoraSection | None, dtype: torch.dtype, backend: str, where: str = "recipe") -> nn.Module:
     """A model with its adapters on the default device; no weight is read."""
     model: Any = TransnormerForCausalLM(config).to(dtype)  # type: ignore[arg-type]
-    model.model.ops = ops(backend)
+    model.model.pick_kernels(backend)
     return lora.attach(model, section, where, 0, lambda line: None)
 
 
