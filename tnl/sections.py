@@ -22,7 +22,7 @@ class ModelSection(Strict):
     """The commit, tag or branch of the repository; null is its newest."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """The numbers of the frozen weights; auto is bfloat16 on a GPU that has it and float32 elsewhere."""
-    backend: Literal["auto", "reference"] = "auto"
+    backend: Literal["auto", "triton", "reference"] = "auto"
     """Which kernels compute; auto is the fastest that this machine has."""
 
 

@@ -1,14 +1,17 @@
 """The only door to the kernels: picks a backend once, says which, never falls back in silence."""
 
+import importlib.util
 import logging
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from tnl.kernels import reference
 
 log = logging.getLogger(__name__)
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "triton", "reference")
+HALF_AND_SINGLE = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class AttentionNormGate(Protocol):
@@ -62,9 +65,50 @@ REFERENCE = Ops(
 )
 
 
-def ops(backend: str = "auto") -> Ops:
-    """The layer's operations for `backend`; `auto` takes the fastest that runs here. Raises ValueError for a name that is none."""
+def ops(backend: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, head_dim: int = 128) -> Ops:
+    """The layer's operations for a model on `device`: auto takes the Triton kernels where they run, else the reference forms.
+
+    head_dim: the largest key dim (twice the head's where LRPE is on). Raises ValueError for a backend that cannot run there.
+    """
     if backend not in BACKENDS:
         raise ValueError(f'no backend is called "{backend}" (there are {", ".join(BACKENDS)})')
-    log.info("backend: %s (asked for %s)", REFERENCE.backend, backend)
-    return REFERENCE
+    on = torch.device(device)
+    hindrance = "" if backend == "reference" else why_not_triton(on, dtype, head_dim)
+    if backend == "triton" and hindrance:
+        raise ValueError(f"backend triton cannot run here: {hindrance}. Take auto or reference")
+    if backend == "reference" or hindrance or (backend == "auto" and on.type != "cuda"):  # the interpreter is for tests
+        log.info("kernels: reference%s", f" ({hindrance})" if hindrance else "")
+        return REFERENCE
+    # triton is there on Linux alone, and importing its kernels takes a second
+    from tnl.kernels import triton_ops
+
+    log.info("kernels: triton")
+    return REFERENCE._replace(
+        backend="triton",
+        norm_qkvu=triton_ops.norm_qkvu,
+        attention_norm_gate=triton_ops.attention_norm_gate,
+        norm_glu=triton_ops.norm_glu,
+    )
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """What keeps the Triton kernels from running, or an empty string."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type != "cuda" and not interpreted():
+        return f"they need a GPU (the model is on {device.type})"
+    if dtype not in HALF_AND_SINGLE:
+        return f"they take bfloat16, float16 and float32 (the model is {str(dtype).removeprefix('torch.')})"
+    if head_dim > 256:
+        return f"they take key dims up to 256 (the model's is {head_dim})"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    return ""
+
+
+def interpreted() -> bool:
+    """Whether Triton runs in its interpreter, on the CPU."""
+    # see ops
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)

@@ -16,7 +16,6 @@ from transformers import GenerationConfig
 
 from tnl import hub
 from tnl.errors import ModelError
-from tnl.kernels.dispatch import ops
 from tnl.model.configuration_transnormer import TransnormerConfig
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -56,7 +55,6 @@ def from_pretrained(cls: Any, path: str | Path, **kwargs: Any) -> Any:
         setattr(config, key, value)
     with torch.device("meta"):
         model = cls(config)
-    model.model.ops = ops(backend)
     device = pick_device(device_map)
     fill(model, folder, None if dtype in ("auto", None) else as_dtype(dtype), device)
     generation = folder / "generation_config.json"
@@ -64,6 +62,7 @@ def from_pretrained(cls: Any, path: str | Path, **kwargs: Any) -> Any:
         GenerationConfig.from_pretrained(folder) if generation.is_file() else GenerationConfig.from_model_config(config)
     )
     model.name_or_path = config.name_or_path = str(path)
+    model.model.pick_kernels(backend)
     model.eval()
     return spread(model, device_map) if spreads(device_map) else model
 

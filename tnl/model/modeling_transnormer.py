@@ -141,13 +141,26 @@ class TransnormerModel(TransnormerPreTrainedModel):
 
     def __init__(self, config: TransnormerConfig) -> None:
         super().__init__(config)
-        self.ops = ops("auto")
+        self.backend = "auto"
+        self.ops = ops("reference")
         self.scale = 1.0 if config.no_scale_embedding else math.sqrt(config.decoder_embed_dim)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.decoder_embed_dim)
         self.layers = nn.ModuleList(TransnormerDecoderLayer(config, i) for i in range(config.decoder_layers))
         self.final_norm = make_norm(config, config.decoder_embed_dim)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def pick_kernels(self, backend: str | None = None) -> None:
+        """Take the kernels for the device and dtype the weights are in now; `backend` as in dispatch.ops, None: as before."""
+        self.backend = backend or self.backend
+        weight, lrpe = self.embed_tokens.weight, any(self.config.linear_use_lrpe_list or [])
+        head_dim = self.config.hidden_dim // self.config.decoder_attention_heads * (2 if lrpe else 1)
+        self.ops = ops(self.backend, weight.device, weight.dtype, head_dim)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TransnormerModel:
+        super()._apply(fn, recurse)
+        self.pick_kernels()
+        return self
 
     def forward(
         self,

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tnl.errors import MemoryBudgetError
+from tnl.evaluate.perplexity import causal_lm
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.sections import LoraSection, TrainSection
@@ -283,9 +284,10 @@ def shallow_model(
 ) -> nn.Module:
     """A model of so many layers in training mode; on a GPU its weights are zeros, which take the same memory."""
     with torch.device("meta"):
-        model = build(shallow(config, layers), section, dtype, backend).train()
+        model = build(shallow(config, layers), section, dtype, "reference").train()
     if device != "meta":
         model = model.to_empty(device=device)
+        causal_lm(model).model.pick_kernels(backend)
         with torch.no_grad():
             for x in (*model.parameters(), *model.buffers()):
                 x.zero_()
