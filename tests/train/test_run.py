@@ -301,3 +301,26 @@ def test_real_kills_at_random_moments(finished: RunDir, recipe: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert weights(run) == weights(finished)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["lora.use_dora=true", "lora.lora_dropout=0"],
+        ["lora.use_rslora=true", "lora.rank_pattern={qkvu_proj: 4}", "lora.layers_to_transform=[1]"],
+        ["lora.modules_to_save=[lm_head]"],
+        ["lora.trainable_token_indices=[300, 301]"],
+        ["lora.target_modules=[qkvu_proj, lm_head, embed_tokens]"],
+        ["lora.lora_bias=true"],
+    ],
+    ids=["dora", "ranks", "head", "tokens", "head and embedding", "bias"],
+)
+def test_every_kind_of_adapter_is_trained_saved_and_loaded(recipe: Path, base: Path, overrides: list[str]) -> None:
+    """The run itself loads what it saved and compares; plain peft must agree."""
+    run = training.run(recipe, [*overrides, "train.max_steps=6", "train.eval_strategy=no", "data.eval=0"])
+    ids = torch.tensor([[5, 300, 301, 8]])
+    plain = PeftModel.from_pretrained(load_model(base, device="cpu"), run.adapter).eval()
+    ours = load_adapter(load_model(base, device="cpu"), run.path)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(input_ids=ids).logits, ours(input_ids=ids).logits)
+        assert not torch.allclose(ours(input_ids=ids).logits, load_model(base, device="cpu")(input_ids=ids).logits, atol=1e-4)
