@@ -371,6 +371,7 @@ def table(clock: Clock, log: dict[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--search", action="store_true", help="time every plan of a list too")
+    parser.add_argument("--out", type=Path, help="a JSON file for every time")
     options = parser.parse_args()
     log: dict[str, Any] = {}
     begin = time.time()
@@ -385,8 +386,8 @@ def main() -> int:
         print("PARITY FAILS; no table is printed:", *complaints[:20], sep="\n  ")
         return 1
     table(clock, log)
-    if "OUT" in os.environ:
-        Path(os.environ["OUT"], "kernels.json").write_text(json.dumps(log), encoding="utf-8")
+    if options.out:
+        options.out.write_text(json.dumps(log), encoding="utf-8")
     return 0
 
 

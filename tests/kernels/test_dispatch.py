@@ -18,7 +18,7 @@ def test_a_name_that_is_no_backend_is_an_error() -> None:
         dispatch.ops("cuda")
 
 
-def test_triton_is_asked_for_where_it_runs_and_auto_leaves_the_interpreter_to_tests() -> None:
+def test_triton_is_asked_for_where_it_runs() -> None:
     assert dispatch.ops("triton").backend == "triton"
     assert dispatch.ops("auto").backend == "reference"
     with pytest.raises(ValueError, match="key dims up to 256"):
@@ -36,7 +36,9 @@ def test_without_interpreter_or_card_triton_is_an_error(monkeypatch: pytest.Monk
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
-@pytest.mark.parametrize("folder", ("base", "right-pad", "left-pad", "bias-elu"))
+@pytest.mark.parametrize(
+    "folder", ("base", pytest.param("left-pad", marks=pytest.mark.slow), pytest.param("bias-elu", marks=pytest.mark.slow))
+)
 def test_the_golden_folders_pass_with_the_triton_kernels(folder: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = TransnormerForCausalLM.from_pretrained(GOLDEN / folder, backend="triton", device_map=device)
