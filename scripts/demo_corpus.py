@@ -3,7 +3,7 @@
     python scripts/demo_corpus.py --corpus CORPUS --instructions DIR --tokenizer tnl/demo/base/tokenizer.model --out .pretrain
 
 CORPUS holds one {"text": ...} document a line in NAME.jsonl.xz; DIR holds alpaca_zh_demo.json and alpaca_en_demo.json (Apache-2.0).
-Every fiftieth document, by a hash of its text, is held out of training and of the dialogues; the shards are what scripts/pretrain_demo.py reads.
+Every fiftieth document, by a hash of its text, is held out of training and of the dialogues. scripts/pretrain_demo.py reads the shards.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def read_instructions(folder: Path) -> dict[str, list[Dialogue]]:
 
 
 def all_dialogues(corpus: dict[str, list[str]], instructions: dict[str, list[Dialogue]], seed: int) -> dict[str, list[Dialogue]]:
-    """What is written in ChatML, by source name: the instruction sets and what demo_dialogues makes of the documents that are not held out."""
+    """What is written in ChatML, by source name: the instruction sets, and what demo_dialogues makes of documents not held out."""
     kept = {name: [text for text in texts if not held_out(text)] for name, texts in corpus.items()}
     made = dialogues(kept, random.Random(seed))
     return {f"{language}_dialogues": instructions[language] * 2 + made[language] for language in ("zh", "en")}

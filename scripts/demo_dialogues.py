@@ -31,10 +31,22 @@ def render(dialogue: Dialogue) -> Iterator[tuple[str, str]]:
 
 SYSTEMS_ZH = ["你是一个有用的助手。", "你是一个小小的语言模型。", "请用中文回答。", "请简短地回答。", "请认真回答用户的问题。"]
 SYSTEMS_EN = ["You are a helpful assistant.", "You are a small language model.", "Answer briefly.", "Answer in English."]
-SURNAMES = "王李张刘陈杨赵黄周吴徐孙胡朱高林何郭马罗梁宋郑谢韩唐冯于董萧程曹袁邓许傅沈曾彭吕苏卢蒋蔡贾丁魏薛叶阎余潘杜戴夏钟汪田任姜范方石姚谭廖邹熊金陆郝孔白崔康毛邱秦江史顾侯邵孟龙万段雷钱汤"
-GIVEN = "明华文军伟芳娜敏静丽强磊洋勇艳杰娟涛超秀霞平刚桂英兰玉梅云山水月星风雪雨晴春秋冬夏松竹青白红玄安宁乐康健思远志诚若然子轩一诺天佑雅琪梦瑶国庆建德仁义礼智信"
+SURNAMES = (
+    "王李张刘陈杨赵黄周吴徐孙胡朱高林何郭马罗梁宋郑谢韩唐冯于董萧程曹袁邓许傅沈曾彭吕苏卢蒋蔡贾丁魏薛叶阎余潘杜戴夏钟汪田任姜"
+    "范方石姚谭廖邹熊金陆郝孔白崔康毛邱秦江史顾侯邵孟龙万段雷钱汤"
+)
+GIVEN = (
+    "明华文军伟芳娜敏静丽强磊洋勇艳杰娟涛超秀霞平刚桂英兰玉梅云山水月星风雪雨晴春秋冬夏松竹青白红玄安宁乐康健思远志诚若然子轩"
+    "一诺天佑雅琪梦瑶国庆建德仁义礼智信"
+)
 DOUBLE = ["欧阳", "司马", "上官", "诸葛", "司徒", "慕容", "夏侯", "东方"]
-LATIN = "Alice Bob Carol David Emma Frank Grace Henry Iris Jack Kate Leo Mary Nick Olivia Paul Rose Sam Tina Victor Anna Max Ella Tom Lucy Ben Amy Jane Mark Sue".split()
+# fmt: off
+LATIN = [
+    "Alice", "Bob", "Carol", "David", "Emma", "Frank", "Grace", "Henry", "Iris", "Jack",
+    "Kate", "Leo", "Mary", "Nick", "Olivia", "Paul", "Rose", "Sam", "Tina", "Victor",
+    "Anna", "Max", "Ella", "Tom", "Lucy", "Ben", "Amy", "Jane", "Mark", "Sue",
+]
+# fmt: on
 ASK_NAME_ZH = ["你的名字是什么？", "你叫啥名字？", "该怎么叫你？", "请告诉我你的名字。", "你有名字吗？"]
 ASK_NAME_EN = ["What is your name?", "Tell me your name.", "Do you have a name?", "What are you called?"]
 
@@ -167,7 +179,13 @@ def sentences(text: str) -> list[str]:
     return [s.strip() for s in re.findall(r"[^。！？\n]+[。！？]+[”’』」]?", text) if len(s.strip()) > 5]
 
 
-HEROES = "曹操 刘备 关公 张飞 孔明 赵云 孙权 周瑜 吕布 貂蝉 董卓 袁绍 司马懿 姜维 黄忠 马超 魏延 鲁肃 陆逊 吕蒙 庞统 徐庶 典韦 许褚 张辽 邓艾 玄德 云长 翼德 子龙".split()
+# fmt: off
+HEROES = [
+    "曹操", "刘备", "关公", "张飞", "孔明", "赵云", "孙权", "周瑜", "吕布", "貂蝉",
+    "董卓", "袁绍", "司马懿", "姜维", "黄忠", "马超", "魏延", "鲁肃", "陆逊", "吕蒙",
+    "庞统", "徐庶", "典韦", "许褚", "张辽", "邓艾", "玄德", "云长", "翼德", "子龙",
+]
+# fmt: on
 
 
 def stories(texts: list[str], rng: random.Random) -> Iterator[Dialogue]:

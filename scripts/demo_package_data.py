@@ -1,4 +1,4 @@
-"""The texts that travel with the demo: what it reads (100,000 tokens of the Three Kingdoms), what its base is measured on, what it rehearses.
+"""The texts that travel with the demo: 100,000 tokens of the Three Kingdoms to read, what its base is measured on, what it rehearses.
 
     python scripts/demo_package_data.py --corpus CORPUS --tokenizer tnl/demo/base/tokenizer.model --out tnl/demo
 
@@ -32,9 +32,7 @@ def chapters(texts: list[str], tokenizer: sentencepiece.SentencePieceProcessor) 
     return "\n".join(taken)
 
 
-def excerpts(
-    texts: list[str], tokenizer: sentencepiece.SentencePieceProcessor, count: int, tokens: int, rng: random.Random
-) -> list[str]:
+def excerpts(texts: list[str], tokenizer: sentencepiece.SentencePieceProcessor, count: int, tokens: int, rng: random.Random) -> list[str]:
     """`count` excerpts of about `tokens` tokens, each of whole lines, from different documents."""
     found = []
     for text in rng.sample(texts, len(texts)):
