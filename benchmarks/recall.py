@@ -76,6 +76,11 @@ def distance_at(step: int, steps: int, farthest: int) -> int:
     return round(SHORTEST * (farthest / SHORTEST) ** min(max(share, 0.0), 1.0))
 
 
+def rate_at(step: int, steps: int) -> float:
+    """The step size falls while the filler grows: the more of it there is, the more exactly it must be left out of the state."""
+    return 3e-3 * 0.05 ** min(max((step / steps - 0.3) / 0.7, 0.0), 1.0)
+
+
 def streamed(model: TransnormerForCausalLM, batch: Batch, segment: int) -> Tensor:
     return streamed_backward(model, batch, segment, lambda x, t: linear_cross_entropy(x, model.lm_head.weight, t), supervised=SUBJECTS)
 
@@ -120,12 +125,13 @@ def test(model: TransnormerForCausalLM, distance: int, last: int | None) -> dict
 def train(way: str, steps: int, distance: int, segment: int) -> dict[str, object]:
     """Train one way; returns its curve."""
     model, generator = make_model(), torch.Generator().manual_seed(1)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95))
     start, curve = time.monotonic(), []
     for step in range(steps):
         now, loss = distance_at(step, steps, distance), 0.0
         for _ in range(DOCUMENTS):
             loss += float(WAYS[way](model, document(now, generator), segment)) / DOCUMENTS
+        optimizer.param_groups[0]["lr"] = rate_at(step, steps)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -140,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--distance", type=int, default=50_000)
     parser.add_argument("--segment", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()

@@ -81,3 +81,16 @@ def test_free_memory_heeds_a_container(monkeypatch: pytest.MonkeyPatch, tmp_path
     (folder / "memory.current").write_text(str(5 * MIB), encoding="utf-8")
     monkeypatch.setattr(state_store, "CONTAINER", folder)
     assert state_store.free_host_bytes() == 4 * MIB
+    (folder / "memory.stat").write_text(f"anon 5\ninactive_file {3 * MIB}\nactive_file {MIB}\nfile 9\n", encoding="utf-8")
+    assert state_store.free_host_bytes() == int(0.8 * 9 * MIB)
+
+
+def test_pinned_memory_that_waits_for_its_next_use_is_free() -> None:
+    assert state_store.idle_pinned_bytes({"allocated_bytes.current": 100, "active_bytes.current": 30}) == 70
+    assert state_store.idle_pinned_bytes({"reserved_bytes.current": 100, "allocated_bytes.current": 30}) == 70
+    assert state_store.idle_pinned_bytes({"allocated_bytes.current": 100}) == state_store.idle_pinned_bytes({}) == 0
+
+
+@pytest.mark.gpu
+def test_free_memory_of_a_gpu() -> None:
+    assert 0 < state_store.free_device_bytes(CUDA) <= torch.cuda.mem_get_info(0)[1]

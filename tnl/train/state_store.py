@@ -1,6 +1,7 @@
 """Where a streamed row's states lie between the two passes: on the device, or in pinned host memory with copies beside the computation."""
 
 import contextlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -147,15 +148,25 @@ def free_host_bytes() -> int:
     free = psutil.virtual_memory().available
     limit, used = CONTAINER / "memory.max", CONTAINER / "memory.current"
     if limit.is_file() and used.is_file() and (text := limit.read_text(encoding="utf-8").strip()).isdigit():
-        free = min(free, int(text) - int(used.read_text(encoding="utf-8")))
+        files = CONTAINER / "memory.stat"  # cached files count as used, and give way
+        cached = re.findall(r"^(?:in)?active_file (\d+)$", files.read_text(encoding="utf-8"), re.M) if files.is_file() else []
+        free = min(free, int(text) - int(used.read_text(encoding="utf-8")) + sum(map(int, cached)))
     if torch.cuda.is_available():
-        stats = torch.cuda.host_memory_stats()
-        free += stats.get("allocated_bytes.current", 0) - stats.get("active_bytes.current", 0)
+        free += idle_pinned_bytes(torch.cuda.host_memory_stats())
     return max(int(HOST_SHARE * free), 0)
+
+
+def idle_pinned_bytes(stats: dict[str, Any]) -> int:
+    """What PyTorch keeps pinned for its next use; how that is counted has been renamed between its versions."""
+    held = stats.get("reserved_bytes.current", stats.get("allocated_bytes.current", 0))
+    used = stats.get("active_bytes.current", stats.get("allocated_bytes.current", held))
+    return max(held - used, 0)
 
 
 def free_device_bytes(device: torch.device) -> int:
     """Bytes of the GPU that no tensor holds, within what this process may take."""
-    free, total = torch.cuda.mem_get_info(device)
-    mine = int(total * torch.cuda.get_per_process_memory_fraction(device)) - torch.cuda.memory_allocated(device)
-    return max(min(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), mine), 0)
+    index = device.index or 0
+    free, total = torch.cuda.mem_get_info(index)
+    told = getattr(torch.cuda, "get_per_process_memory_fraction", lambda index: 1.0)  # not in torch 2.11
+    used = torch.cuda.memory_allocated(index)
+    return max(min(free + torch.cuda.memory_reserved(index), int(total * told(index))) - used, 0)
