@@ -44,6 +44,30 @@ class Bucket:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
+class LossByPosition:
+    """Token losses summed by position: up to `first`, up to twice that, up to four times ...; the device is read at the end alone."""
+
+    def __init__(self, device: torch.device, first: int = FIRST_BUCKET) -> None:
+        self.edges = first * 2 ** torch.arange(BUCKETS - 1)
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        self.sums, self.counts = torch.zeros(BUCKETS, dtype=exact, device=device), torch.zeros(BUCKETS, dtype=torch.int64)
+
+    def add(self, positions: Tensor, losses: Tensor) -> None:
+        """positions [M] on the CPU, losses [M] on the device."""
+        bucket = torch.bucketize(positions, self.edges, right=True)
+        self.counts += torch.bincount(bucket, minlength=BUCKETS)
+        # few buckets at a time: a sum each, in a fixed order
+        for i in bucket.unique().tolist():
+            mine = to_device((bucket == i).nonzero()[:, 0], losses.device)
+            self.sums[i] += losses.index_select(0, mine).to(self.sums.dtype).sum()
+
+    def buckets(self) -> list[Bucket]:
+        """The mean of each bucket that has a token."""
+        bounds = [0, *self.edges.tolist(), 2**62]
+        rows = zip(bounds, bounds[1:], self.counts.tolist(), self.sums.tolist())
+        return [Bucket(start, stop, tokens, total / tokens) for start, stop, tokens, total in rows if tokens]
+
+
 @torch.inference_mode()
 def hidden_states(
     model: TransnormerForCausalLM, ids: Ids, cache: TransnormerCache | None = None, *, segment_length: int = SEGMENT
@@ -105,25 +129,16 @@ def loss_by_position(
     chunk: int = 1024,
     first: int = FIRST_BUCKET,
 ) -> list[Bucket]:
-    """The mean loss of all documents' supervised tokens by position: up to `first`, up to twice that, up to four times ...
+    """The mean loss of all documents' supervised tokens by position, in LossByPosition's buckets.
 
     Where it falls with the distance, the model uses what it read long before. documents: (ids, labels or None), read one by one.
-    Buckets without a token are left out. Reads the device once.
+    Reads the device once.
     """
-    device = model.model.embed_tokens.weight.device
-    edges = first * 2 ** torch.arange(BUCKETS - 1)
-    exact = torch.float32 if device.type == "mps" else torch.float64
-    sums, counts = torch.zeros(BUCKETS, dtype=exact, device=device), torch.zeros(BUCKETS, dtype=torch.int64)
+    sums = LossByPosition(model.model.embed_tokens.weight.device, first)
     for ids, labels in documents:
         for positions, losses in token_losses(model, ids, labels, segment_length=segment_length, chunk=chunk):
-            bucket = torch.bucketize(positions, edges, right=True)
-            counts += torch.bincount(bucket, minlength=BUCKETS)
-            # few buckets a segment: a sum each, in a fixed order
-            for i in bucket.unique().tolist():
-                sums[i] += losses[to_device(bucket == i, device)].to(exact).sum()
-    bounds = [0, *edges.tolist(), 2**62]
-    rows = zip(bounds, bounds[1:], counts.tolist(), sums.tolist())
-    return [Bucket(start, stop, tokens, total / tokens) for start, stop, tokens, total in rows if tokens]
+            sums.add(positions, losses)
+    return sums.buckets()
 
 
 def total(buckets: Sequence[Bucket]) -> Bucket:
