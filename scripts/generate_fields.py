@@ -1,4 +1,4 @@
-"""Write tnl/fields.py: every field of the installed peft.LoraConfig and transformers.TrainingArguments, as torch-free pydantic classes.
+"""Write tnl/recipe/fields.py: every field of the installed LoraConfig and TrainingArguments, as torch-free pydantic classes.
 
 Run it after a change of constraints.txt: .venv/bin/python scripts/generate_fields.py
 """
@@ -11,7 +11,7 @@ import typing
 from enum import Enum
 from pathlib import Path
 
-TARGET = Path(__file__).resolve().parents[1] / "tnl" / "fields.py"
+TARGET = Path(__file__).resolve().parents[1] / "tnl" / "recipe" / "fields.py"
 PLAIN = {int: "int", float: "int | float", bool: "bool", str: "str", type(None): "None"}
 ALIASES = {"lr_scheduler_type": "Scheduler", "optim": "Optimizer"}  # long lists of words, named
 ORDER = ["bool", "int", "float", "str"]
@@ -23,7 +23,7 @@ def main() -> None:
 
 
 def generate() -> str:
-    """Return the text of tnl/fields.py for the installed versions."""
+    """Return the text of tnl/recipe/fields.py for the installed versions."""
     # they take seconds to import, and only this script needs them
     import peft
     import transformers

@@ -1,4 +1,4 @@
-"""Write docs/recipe.md, the keys of a recipe, from the docstrings and defaults in tnl/sections.py.
+"""Write docs/recipe.md, the keys of a recipe, from the docstrings and defaults in tnl/recipe/sections.py.
 
 Run it after a change there: .venv/bin/python scripts/generate_reference.py
 """
@@ -6,14 +6,14 @@ Run it after a change there: .venv/bin/python scripts/generate_reference.py
 from pathlib import Path
 from typing import Any
 
-from tnl.complaints import limits, needed
-from tnl.fields import PEFT_VERSION, TRANSFORMERS_VERSION
-from tnl.sections import SECTIONS
+from tnl.recipe.complaints import limits, needed
+from tnl.recipe.fields import PEFT_VERSION, TRANSFORMERS_VERSION
+from tnl.recipe.sections import SECTIONS
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "recipe.md"
 HEAD = """# The keys of a recipe
 
-Written by scripts/generate_reference.py from tnl/sections.py: do not edit.
+Written by scripts/generate_reference.py from tnl/recipe/sections.py: do not edit.
 
 A recipe is a YAML 1.2 file of five sections; those in `recipes/` are complete examples. Any value can be replaced on the command line
 as `section.key=value`, the value read as YAML: `tnl train recipes/huanhuan-7b.yaml lora.r=16 data.eval=null`.

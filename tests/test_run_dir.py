@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tnl.errors import ModelError
-from tnl.recipe import load
+from tnl.recipe.load import load
 from tnl.run_dir import (
     RunDir,
     checkpoints,

@@ -165,7 +165,7 @@ def demo(
 def _check_recipe(recipe: Path, overrides: list[str] | None) -> None:
     """Find a recipe's mistakes before torch is imported."""
     # pydantic and ruamel.yaml: help need not wait for them
-    from tnl.recipe import load
+    from tnl.recipe.load import load
 
     load(recipe, overrides or [])
 
@@ -263,7 +263,7 @@ def _usage(error: Any) -> str:
 
 def _recipe_keys(name: str) -> list[str]:
     # pydantic classes: only a mistake pays for them
-    from tnl.sections import SECTIONS
+    from tnl.recipe.sections import SECTIONS
 
     return [f"{section}.{name}" for section, model in SECTIONS.items() if name in model.model_fields]
 

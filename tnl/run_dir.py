@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tnl.errors import ModelError, StorageError
-from tnl.recipe import Recipe
+from tnl.recipe.load import Recipe
 from tnl.storage import discard, manifest_of, recover, storage, verify, write_json, write_text
 
 Status = Literal["new", "unfinished", "interrupted", "finished"]

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from tnl.errors import RecipeError
-from tnl.sections import TrainSection
+from tnl.recipe.sections import TrainSection
 from tnl.train import arguments
 
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from tnl.model.load import load_model
+from tnl.recipe.sections import LoraSection, TrainSection
 from tnl.run_dir import RunDir
-from tnl.sections import LoraSection, TrainSection
 from tnl.train import arguments, checkpoint, lora
 from tnl.train.step import Rows, step
 from tnl.train.trainer import TnlTrainer

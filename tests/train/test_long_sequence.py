@@ -15,7 +15,7 @@ from tnl.errors import MemoryBudgetError
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.model.state import TransnormerCache
-from tnl.sections import LoraSection
+from tnl.recipe.sections import LoraSection
 from tnl.train import long_sequence, lora
 from tnl.train.long_sequence import chains, cut, streamed_backward
 from tnl.train.step import Rows, checkpoints, forward_backward, head_loss

@@ -9,7 +9,7 @@ from peft import PeftModel
 from tnl.errors import ModelError, RecipeError
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
-from tnl.sections import LoraSection
+from tnl.recipe.sections import LoraSection
 from tnl.train import lora
 
 OWN = {"qkvu_proj", "out_proj", "l1", "l2", "l3"}

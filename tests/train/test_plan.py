@@ -8,7 +8,7 @@ import torch
 
 from tnl.errors import MemoryBudgetError
 from tnl.model.configuration_transnormer import TransnormerConfig
-from tnl.sections import LoraSection, TrainSection
+from tnl.recipe.sections import LoraSection, TrainSection
 from tnl.train import plan
 
 META, CPU = torch.device("meta"), torch.device("cpu")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tnl.adapter.load import load_adapter, read_adapter_metadata
 from tnl.errors import MemoryBudgetError, ModelError, StorageError
 from tnl.model.load import load_model
-from tnl.recipe import load
+from tnl.recipe.load import load
 from tnl.run_dir import RunDir, checkpoints
 from tnl.train import callbacks, checkpoint, plan
 from tnl.train import run as training

@@ -11,7 +11,7 @@ from tnl.errors import DataError, MemoryBudgetError
 from tnl.evaluate import perplexity
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
-from tnl.sections import LoraSection
+from tnl.recipe.sections import LoraSection
 from tnl.train import lora
 from tnl.train import step as steps
 from tnl.train.step import Rows

@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 from tnl.errors import ModelError, NumbersError, RecipeError
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
+from tnl.recipe.sections import LoraSection, TrainSection
 from tnl.run_dir import RunDir, checkpoints, latest_valid
-from tnl.sections import LoraSection, TrainSection
 from tnl.train import arguments, checkpoint, lora
 from tnl.train.order import StepSampler
 from tnl.train.step import Rows

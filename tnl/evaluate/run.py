@@ -14,7 +14,7 @@ from tnl.data.build import build
 from tnl.errors import DataError, ModelError
 from tnl.evaluate import perplexity
 from tnl.model.load import load_model, load_tokenizer, pick_device
-from tnl.recipe import Recipe, load
+from tnl.recipe.load import Recipe, load
 from tnl.run_dir import RunDir
 
 console = Console(highlight=False, soft_wrap=True)

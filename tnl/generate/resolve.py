@@ -16,8 +16,8 @@ from tnl.generate.conversation import Conversation
 from tnl.generate.sampling import Settings
 from tnl.model.load import load_model, load_tokenizer
 from tnl.model.tokenization_baichuan import VOCAB_FILE, BaiChuanTokenizer
+from tnl.recipe.sections import GenerationSection
 from tnl.run_dir import RunDir, checkpoints
-from tnl.sections import GenerationSection
 
 WHOLE = "model"
 """Where a run that trained every weight keeps its result."""

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from tnl.errors import RecipeError
-from tnl.sections import TrainSection
+from tnl.recipe.sections import TrainSection
 
 REFUSED = {
     "fp16": "float16 overflows in this model's states and gives NaN. Take bf16: true, or leave it out",

@@ -12,7 +12,7 @@ from rich.text import Text
 from tnl.data.build import Dataset, Report, build
 from tnl.errors import MemoryBudgetError
 from tnl.evaluate.perplexity import IGNORED, count_supervised
-from tnl.recipe import Recipe, load
+from tnl.recipe.load import Recipe, load
 from tnl.train import arguments, plan
 from tnl.train.run import Base, prepare, show_table
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from tnl.errors import ModelError, RecipeError
-from tnl.sections import LoraSection
+from tnl.recipe.sections import LoraSection
 from tnl.train.step import seed_all, seed_of
 from tnl.train.targets import Adaptable, adaptable, match_patterns, resolve, shortest, unknown
 

@@ -26,7 +26,7 @@ from tnl.errors import MemoryBudgetError
 from tnl.evaluate.perplexity import causal_lm
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
-from tnl.sections import LoraSection, TrainSection
+from tnl.recipe.sections import LoraSection, TrainSection
 from tnl.train import lora
 from tnl.train.step import Rows, enable_checkpointing, forward_backward
 

@@ -28,7 +28,7 @@ from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.convert import read_config, weight_files
 from tnl.model.load import load_model, load_tokenizer, pick_device
 from tnl.model.tokenization_baichuan import BaiChuanTokenizer
-from tnl.recipe import Recipe, dump, load
+from tnl.recipe.load import Recipe, dump, load
 from tnl.run_dir import RunDir, fingerprint, hold, latest_valid, open_run
 from tnl.storage import staged
 from tnl.train import arguments, callbacks, checkpoint, lora, plan

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tnl.errors import RecipeError
-from tnl.recipe import dump, dumps, load
+from tnl.recipe.load import dump, dumps, load
 
 SMALL = "model:\n  path: demo\ndata:\n  train: records.json\n"
 
@@ -443,7 +443,7 @@ def test_any_damage_is_one_line(data: st.DataObject) -> None:
 
 def test_a_mistake_is_told_without_torch_in_half_a_second() -> None:
     path = write(SMALL + "lora:\n  rank: 8\n")
-    code = f"import sys\nfrom tnl.recipe import load\ntry:\n  load({str(path)!r})\nexcept Exception as e:\n  print(e)\n"
+    code = f"import sys\nfrom tnl.recipe.load import load\ntry:\n  load({str(path)!r})\nexcept Exception as e:\n  print(e)\n"
     code += "print('torch' in sys.modules)"
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from tnl.hub import resolve
-from tnl.recipe import dump, load
-from tnl.sections import SECTIONS
+from tnl.recipe.load import dump, load
+from tnl.recipe.sections import SECTIONS
 
-FOLDER = Path(__file__).resolve().parents[1] / "recipes"
+FOLDER = Path(__file__).resolve().parents[2] / "recipes"
 RECIPES = sorted(FOLDER.iterdir())
 NAMES = ["7b-24gb", "alpaca-7b", "huanhuan-385m", "huanhuan-7b", "transcript"]
 

@@ -1,4 +1,4 @@
-"""A recipe: a YAML file, checked whole before anything heavy is imported. Its keys and defaults stand in tnl/sections.py.
+"""A recipe: a YAML file, checked whole before anything heavy is imported. Its keys and defaults stand in tnl/recipe/sections.py.
 
 Every mistake is one RecipeError that names the line and column, the key, what was found and what is needed.
 """
@@ -13,9 +13,10 @@ from typing import Any
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from tnl import complaints, old_names, paths, yaml_text
+from tnl import paths
 from tnl.errors import RecipeError
-from tnl.sections import SECTIONS, DataSection, GenerationSection, LoraSection, ModelSection, TrainSection, given
+from tnl.recipe import complaints, old_names, yaml_text
+from tnl.recipe.sections import SECTIONS, DataSection, GenerationSection, LoraSection, ModelSection, TrainSection, given
 
 MAX_BYTES = 1_000_000
 

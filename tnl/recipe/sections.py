@@ -1,14 +1,14 @@
 """The five sections of a recipe.
 
 The docstring of a field is its help text, and its value here the only place where a default stands. lora and train take every
-field of peft.LoraConfig and transformers.TrainingArguments (tnl/fields.py) beside those that are written out below.
+field of peft.LoraConfig and transformers.TrainingArguments (tnl/recipe/fields.py) beside those that are written out below.
 """
 
 from typing import Any, Literal
 
 from pydantic import Field
 
-from tnl.fields import LoraFields, Optimizer, Scheduler, Strict, TrainingFields
+from tnl.recipe.fields import LoraFields, Optimizer, Scheduler, Strict, TrainingFields
 
 
 class ModelSection(Strict):

@@ -8,9 +8,9 @@ from types import ModuleType
 
 import pytest
 
-from tnl import fields, sections
+from tnl.recipe import fields, sections
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def generator() -> ModuleType:
@@ -22,7 +22,7 @@ def generator() -> ModuleType:
 
 
 def test_the_file_is_what_the_script_writes() -> None:
-    assert generator().generate() == (ROOT / "tnl/fields.py").read_text(encoding="utf-8")
+    assert generator().generate() == (ROOT / "tnl/recipe/fields.py").read_text(encoding="utf-8")
 
 
 def test_every_field_of_both_libraries_stands_in_it() -> None:
@@ -55,5 +55,5 @@ def test_the_checks_of_the_libraries_are_ours() -> None:
 
 
 def test_it_needs_no_torch() -> None:
-    code = "import sys; import tnl.fields; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'peft')))"
+    code = "import sys; import tnl.recipe.fields; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'peft')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,9 +6,9 @@ from typing import Any, get_args
 
 import pytest
 
-from tnl.sections import SECTIONS, DataSection, ModelSection, TrainSection
+from tnl.recipe.sections import SECTIONS, DataSection, ModelSection, TrainSection
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("name", SECTIONS)
@@ -39,7 +39,7 @@ def test_every_key_of_generation_acts() -> None:
     from dataclasses import fields
 
     from tnl.generate.sampling import Settings
-    from tnl.sections import GenerationSection
+    from tnl.recipe.sections import GenerationSection
 
     assert set(GenerationSection.model_fields) <= {field.name for field in fields(Settings)}
 

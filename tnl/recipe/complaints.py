@@ -8,9 +8,9 @@ from typing import Any
 
 from tnl import paths
 from tnl.errors import RecipeError
-from tnl.old_names import SYNONYMS
-from tnl.sections import SECTIONS, Strict
-from tnl.yaml_text import Key, Text
+from tnl.recipe.old_names import SYNONYMS
+from tnl.recipe.sections import SECTIONS, Strict
+from tnl.recipe.yaml_text import Key, Text
 
 _SECRET = re.compile(r"token|password|secret|api_?key", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\b(hf|sk|ghp|ms)[_-]\w{8,}|//[^/\s]+:[^/\s]+@")
