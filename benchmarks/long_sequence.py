@@ -25,7 +25,7 @@ from tnl.data.collate import collate_rows
 from tnl.model.load import load_model
 from tnl.model.state import TransnormerCache
 from tnl.model.stream import prefill, token_losses
-from tnl.sections import LoraSection
+from tnl.recipe.sections import LoraSection
 from tnl.train import lora
 from tnl.train.long_sequence import streamed_backward
 from tnl.train.step import Rows, causal_lm, enable_checkpointing, forward_backward, head_loss

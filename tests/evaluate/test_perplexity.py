@@ -110,3 +110,30 @@ def test_out_of_memory_takes_shorter_rows_then_says_what_fits(model: Transnormer
 
 def test_a_loss_that_no_float_can_exponentiate() -> None:
     assert perplexity.Perplexity(1000.0, 1, 1).value == math.inf
+
+
+def test_long_records_are_read_by_segments_and_measured_by_position(model: TransnormerForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = make_records()
+    expected = perplexity.loss(model, records, 40)
+    assert expected.by_position == ()
+    monkeypatch.setattr(perplexity.stream, "SEGMENT", 16)
+    monkeypatch.setattr(perplexity.stream, "FIRST_BUCKET", 20)
+    lengths: list[int] = []
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda input_ids, **k: lengths.append(input_ids.shape[1]) or forward(input_ids, **k))
+    found = perplexity.loss(model, records, 20)  # 30 and 71 tokens have rows of their own
+    assert max(lengths) <= 20 and lengths.count(16) == 5
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5) and found.tokens == expected.tokens
+    assert [(b.start, b.stop) for b in found.by_position] == [(0, 20), (20, 40), (40, 80)]
+    assert sum(b.tokens for b in found.by_position) == found.tokens
+    assert sum(b.tokens * b.loss for b in found.by_position) == pytest.approx(found.loss * found.tokens, rel=1e-5)
+    last = found.by_position[-1]
+    alone = perplexity.token_losses(model, [records[3]], torch.device("cpu"))
+    places = perplexity.supervised_places(records[3])
+    assert last.tokens == int((places >= 40).sum()) and last.loss == pytest.approx(float(alone[places >= 40].mean()), rel=1e-5)
+
+
+def test_no_long_record_without_a_supervised_token_is_a_mistake(model: TransnormerForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(perplexity.stream, "SEGMENT", 16)
+    silent = {"id": "r:9", "input_ids": [1] * 50, "labels": [-100] * 50}
+    assert perplexity.token_losses(model, [silent], torch.device("cpu")).tolist() == []

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from tnl.errors import DataError, ModelError
+from tnl.evaluate import perplexity
 from tnl.evaluate import run as evaluating
+from tnl.model import stream
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
+from tnl.recipe.load import load
 from tnl.train import run as training
 from tnl.train.callbacks import read_metrics
 
@@ -39,7 +42,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "recipe.yaml"
 
 
-def test_a_run_is_measured_with_and_without_its_adapter(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_measured_with_and_without_its_adapter(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = evaluating.run(recipe)["base"]
     work = training.run(recipe)
     found = evaluating.run(work.path)
@@ -47,6 +52,10 @@ def test_a_run_is_measured_with_and_without_its_adapter(recipe: Path, capsys: py
     last = [line["eval_loss"] for line in read_metrics(work.metrics) if "eval_loss" in line][-1]
     assert found["adapter"].loss == pytest.approx(last, abs=1e-5) and found["adapter"].loss < base.loss
     assert found["adapter"].records == 6 and "6 held-out records" in capsys.readouterr().out
+    first = int(perplexity.supervised_places(evaluating.held_out(load(recipe), recipe.parent / "base")[0])[2])
+    monkeypatch.setattr(stream, "FIRST_BUCKET", first)
+    assert len(evaluating.run(work.path)["adapter"].by_position) == 2
+    assert f"tokens {first} to {2 * first - 1} of their records: perplexity" in capsys.readouterr().out
 
 
 def test_a_run_of_all_weights_is_measured_too(recipe: Path, tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ def test_our_defaults_are_taken_by_the_libraries(tmp_path: Path) -> None:
     LoraConfig(**sections.LoraSection().arguments())
     given = sections.TrainSection(output_dir=str(tmp_path)).arguments()
     given["activation_checkpointing"] = given.pop("gradient_checkpointing")  # its name since transformers 5.20
-    del given["early_stopping_patience"]  # a callback's, not TrainingArguments' own
+    for name in sections.NOT_TRANSFORMERS:
+        del given[name]
     TrainingArguments(**{**given, "eval_steps": given["save_steps"]})
 
 

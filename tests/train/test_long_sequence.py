@@ -17,6 +17,9 @@ from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.model.state import TransnormerCache
 from tnl.recipe.sections import LoraSection
 from tnl.train import long_sequence, lora
+from tnl.train import run as training
+from tnl.train import step as steps
+from tnl.train.callbacks import read_metrics
 from tnl.train.long_sequence import chains, cut, streamed_backward
 from tnl.train.step import Rows, checkpoints, forward_backward, head_loss
 
@@ -269,3 +272,71 @@ def test_on_a_gpu(offload: str, mode: str) -> None:
     expected = one_pass(model, PACKED)
     for every in (1, 3):
         assert_same(streamed(model, batch, 9, offload=offload, mode=mode, every=every), expected, 1e-9)
+
+
+# ---- as a part of a step, and of a run ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [{}, {"padded": 2}], ids=["packed", "padded"])
+def test_a_step_streams_what_is_longer_than_a_segment(layout: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, records = make_model(LORA), [make_record(n, n) for n in (12, 90, 20, 41, 5)]
+    model.zero_grad(set_to_none=True)
+    expected = steps.step(model, records, Rows(1000))
+    whole = gradients(model)
+    calls: list[int] = []
+    real = long_sequence.streamed_backward
+    monkeypatch.setattr(
+        steps, "streamed_backward", lambda m, b, n, *a, **k: calls.append(b["input_ids"].shape[1]) or real(m, b, n, *a, **k)
+    )
+    for checkpointing in (False, True):
+        if checkpointing:
+            steps.enable_checkpointing(model)
+        model.zero_grad(set_to_none=True)
+        result = steps.step(model, records, Rows(40, segment_length=40, **layout))
+        assert_same((float(result.loss), gradients(model)), (float(expected.loss), whole), 1e-10)
+        assert result.tokens == expected.tokens and result.supervised == expected.supervised
+    assert sorted(calls) == [41, 41, 90, 90]
+
+
+def test_out_of_memory_ends_in_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, records = make_model(LORA, torch.float32), [make_record(1500, 1)]
+    real, lines = steps.hidden_states, list[str]()
+
+    def meagre(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+        if batch["input_ids"].numel() > 600:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, batch, device)
+
+    monkeypatch.setattr(steps, "hidden_states", meagre)
+    rows = Rows(4096, say=lines.append)
+    loss = steps.step(model, records, rows, seed=1).loss
+    assert rows.segment_length == 704 and rows.budget == 704 and "segments of 704 tokens" in lines[-1] and checkpoints(model)
+    monkeypatch.undo()
+    assert float(loss) == pytest.approx(float(steps.step(model, records, Rows(4096)).loss), rel=1e-4)
+    restored = Rows(10)
+    restored.restore(rows.state(model), model)
+    assert restored.segment_length == 704
+
+
+def test_a_run_in_segments_is_the_run_in_one_pass(base: Path, tmp_path: Path) -> None:
+    text = tmp_path / "novel.txt"
+    text.write_text("".join(f"第{i}回 春夏秋冬{i % 7}，山水风云{i % 11}。\n" for i in range(60)), encoding="utf-8")
+    runs = []
+    for name, more in (("whole", ""), ("segments", ", segment_length: 64")):
+        recipe = tmp_path / f"{name}.yaml"
+        recipe.write_text(
+            f"""
+model: {{path: "{base}", dtype: float32}}
+data: {{train: "{text}", eval: "{text}", format: text, max_length: null}}
+lora: {{r: 2, lora_dropout: 0.0}}
+train: {{output_dir: "{tmp_path / name}", max_steps: 3, logging_steps: 1, learning_rate: 2.0e-2, use_cpu: true{more}}}
+generation: {{max_new_tokens: 2}}
+""",
+            encoding="utf-8",
+        )
+        runs.append([line for line in read_metrics(training.run(recipe).metrics) if "loss" in line])
+    whole, parts = runs
+    assert len(whole) == 3 and whole[0]["tokens"] > 10 * 64, "one document, not cut"
+    for a, b in zip(whole, parts):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+        assert a["tokens"] == b["tokens"]

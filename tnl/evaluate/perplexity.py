@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tnl.data.collate import collate_rows
 from tnl.data.packing import pack
 from tnl.errors import DataError, MemoryBudgetError, NumbersError
+from tnl.model import stream
 
 IGNORED = -100
 SMALLEST_BUDGET = 64
@@ -28,6 +29,8 @@ class Perplexity:
     tokens: int
     """Supervised tokens, the ones the mean is over."""
     records: int
+    by_position: tuple[stream.Bucket, ...] = ()
+    """The same by the position of a token in its record; empty where no record is long."""
 
     @property
     def value(self) -> float:
@@ -99,9 +102,12 @@ def measure(
     """One attempt of `loss`."""
     device = next(model.parameters()).device
     total, tokens = 0.0, 0
+    by_position = stream.LossByPosition(device, stream.FIRST_BUCKET)
     with evaluating(model), torch.inference_mode():
         for row in pack(records, row_budget):
-            losses = token_losses(model, row, device, chunk).tolist()
+            found = token_losses(model, row, device, chunk)
+            by_position.add(torch.cat([supervised_places(record) for record in row]), found)
+            losses = found.tolist()
             sums = list(per_record(row, losses))
             if not all(map(math.isfinite, sums)):
                 raise not_finite(model, row, device, chunk)
@@ -110,7 +116,13 @@ def measure(
                 after_row()
     if not tokens:
         raise DataError("", f"none of the {len(records)} records has a supervised token", "Give records with an answer.")
-    return Perplexity(total / tokens, tokens, len(records))
+    buckets = by_position.buckets()
+    return Perplexity(total / tokens, tokens, len(records), tuple(buckets) if len(buckets) > 1 else ())
+
+
+def supervised_places(record: Mapping[str, Any]) -> Tensor:
+    """[M]: where in the record its supervised tokens stand."""
+    return (torch.tensor(record["labels"][1:], dtype=torch.int64) != IGNORED).nonzero()[:, 0] + 1
 
 
 def not_finite(model: nn.Module, row: Sequence[Mapping[str, Any]], device: torch.device, chunk: int) -> NumbersError:
@@ -123,7 +135,10 @@ def not_finite(model: nn.Module, row: Sequence[Mapping[str, Any]], device: torch
 
 
 def token_losses(model: nn.Module, row: Sequence[Mapping[str, Any]], device: torch.device, chunk: int = 1024) -> Tensor:
-    """Loss of every supervised token of a row, [M] float32, in order."""
+    """Loss of every supervised token of a row, [M] float32, in order; a long record alone in its row is read by segments."""
+    if len(row) == 1 and len(row[0]["input_ids"]) > stream.SEGMENT:
+        parts = stream.token_losses(causal_lm(model), row[0]["input_ids"], row[0]["labels"], segment_length=stream.SEGMENT, chunk=chunk)
+        return torch.cat([torch.zeros(0, device=device), *(losses for _, losses in parts)])
     batch = collate_rows(row)
     index, targets = supervised_positions(batch)
     hidden = hidden_states(model, batch, device)[index.to(device)]

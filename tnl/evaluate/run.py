@@ -31,6 +31,9 @@ def run(recipe_or_run: Path, overrides: Sequence[str] = ()) -> dict[str, perplex
     for name, result in measured.items():
         counted = f"{result.tokens:,} tokens of {result.records:,} held-out records"
         console.print(f"{name}: loss {result.loss:.4f}, perplexity {result.value:.2f} ({counted})", markup=False)
+        for bucket in result.by_position:
+            words = f"  tokens {bucket.start:,} to {bucket.stop - 1:,} of their records: perplexity {bucket.value:.2f} ({bucket.tokens:,})"
+            console.print(words, markup=False)
     return measured
 
 

@@ -45,8 +45,8 @@ class DataSection(Strict):
     """The system prompt of every record that has none of its own."""
     persona: str | None = None
     """In transcripts, the speaker whose lines are learned."""
-    max_length: int = Field(1024, ge=8, le=1_048_576)
-    """Tokens a record may have; what is longer is treated as overlong says."""
+    max_length: int | None = Field(1024, ge=8)
+    """Tokens a record may have; what is longer is treated as overlong says; null cuts nothing."""
     overlong: Literal["truncate", "drop", "error"] = "truncate"
     """A record that is too long: cut (its end token is kept), left out, or a reason to stop."""
     packing: Literal["batch", "none"] = "batch"
@@ -105,6 +105,10 @@ class TrainSection(TrainingFields):
     """Gradients are scaled down to this norm; 0 leaves them as they are."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
+    segment_length: int | None = Field(None, ge=1)
+    """A longer row is computed in segments of so many tokens, in constant memory and with the gradients of one pass; null: if it must."""
+    state_offload: Literal["auto", "gpu", "host"] = "auto"
+    """Where the states between segments wait; auto is the host beside a GPU, and computes some again where memory is short."""
     logging_steps: int | float = Field(10, gt=0)
     """Steps between two lines of metrics.jsonl."""
     logging_nan_inf_filter: bool = False
@@ -131,8 +135,12 @@ class TrainSection(TrainingFields):
     """Where all randomness starts: the order of records, dropout, the first adapter weights, sample answers."""
 
     def arguments(self) -> dict[str, Any]:
-        """Return our defaults and all that the recipe gives; all but early_stopping_patience are TrainingArguments' own."""
+        """Return our defaults and all that the recipe gives; all but those in NOT_TRANSFORMERS are TrainingArguments' own."""
         return given(self)
+
+
+NOT_TRANSFORMERS = ("early_stopping_patience", "segment_length", "state_offload")
+"""Keys of the train section that TrainingArguments does not have."""
 
 
 class GenerationSection(Strict):

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from tnl.errors import RecipeError
-from tnl.recipe.sections import TrainSection
+from tnl.recipe.sections import NOT_TRANSFORMERS, TrainSection
 
 REFUSED = {
     "fp16": "float16 overflows in this model's states and gives NaN. Take bf16: true, or leave it out",
@@ -54,7 +54,7 @@ DURING_BACKWARD = (
     "galore_adafactor_layerwise",
     "apollo_adamw_layerwise",
 )
-OURS = ("save_total_limit", "load_best_model_at_end", "bf16", "gradient_accumulation_steps", "early_stopping_patience")
+OURS = ("save_total_limit", "load_best_model_at_end", "bf16", "gradient_accumulation_steps", *NOT_TRANSFORMERS)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """`tnl check`: what a recipe would do, without training and without reading a weight."""
 
+import contextlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from tnl.data.build import Dataset, Report, build
 from tnl.errors import MemoryBudgetError
 from tnl.evaluate.perplexity import IGNORED, count_supervised
 from tnl.recipe.load import Recipe, load
-from tnl.train import arguments, plan
+from tnl.train import arguments, plan, segments
 from tnl.train.run import Base, prepare, show_table
 
 console = Console(highlight=False, soft_wrap=True)
@@ -37,6 +39,7 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), *, memory: float | Non
     show_statistics(data.report, recipe)
     for record in data.train[: TRANSCRIPT_RECORDS if data.report.speakers else 1]:
         show_record(record, base)
+    say("")
     with torch.device("meta"):
         model = plan.build(base.config, recipe.lora, base.dtype, "reference", str(recipe.path))
     show_table(model)
@@ -48,12 +51,17 @@ def say(line: str) -> None:
     console.print(line, markup=False)
 
 
+def short(place: object) -> str:
+    """A file, or a place in one, as seen from the current folder."""
+    return str(place).removeprefix(f"{Path.cwd()}{os.sep}")
+
+
 def show_statistics(report: Report, recipe: Recipe) -> None:
     """Files, rows, records, lengths, and every row that is not trained on."""
     for source in report.sources:
-        say(f"{source.path}: {source.size:,} bytes")
+        say(f"{short(source.path)}: {source.size:,} bytes")
     table = Table("", "", box=None, show_header=False, pad_edge=False)
-    table.add_row("format", ", ".join(f"{name} ({count} files)" for name, count in report.formats.items()))
+    table.add_row("format", ", ".join(f"{name} ({count} file{'s' * (count > 1)})" for name, count in report.formats.items()))
     table.add_row("rows read", f"{report.rows:,}")
     table.add_row("records", f"{report.train_records:,} to train on, {report.eval_records:,} held out")
     for what, count in report.passed.items():
@@ -61,7 +69,7 @@ def show_statistics(report: Report, recipe: Recipe) -> None:
     table.add_row("cut, dropped", f"{report.truncated:,}, {report.dropped:,} (max_length {recipe.data.max_length}, {recipe.data.overlong})")
     table.add_row("duplicates", f"{report.duplicates:,}")
     lengths = ", ".join(f"{value:,} ({share}%)" for share, value in report.percentiles.items())
-    table.add_row("tokens a record", f"at most {lengths}; longest {report.longest:,}, {report.longest_id}")
+    table.add_row("tokens a record", f"at most {lengths}; longest {report.longest:,}, {short(report.longest_id)}")
     table.add_row("tokens", f"{report.tokens:,}, of which {report.supervised:,} are learned ({report.supervised / report.tokens:.0%})")
     table.add_row("template", f"{report.template} ({report.template_hash[:12]})")
     console.print(table, markup=False)
@@ -85,7 +93,8 @@ def show_record(record: dict[str, Any], base: Base) -> None:
     """One record as the model reads it, the learned tokens in colour, the end token written out."""
     brackets = console.color_system is None
     how = "between [[ and ]]" if brackets else "green"
-    say(f"{record['id']}: {len(record['input_ids'])} tokens, {count_supervised(record)} learned ({how})")
+    say("")
+    say(f"{short(record['id'])}: {len(record['input_ids'])} tokens, {count_supervised(record)} learned ({how})")
     console.print(coloured(record, base.tokenizer, brackets))
 
 
@@ -116,23 +125,27 @@ def show_steps(data: Dataset, recipe: Recipe, settings: arguments.Settings) -> N
 def show_memory(recipe: Recipe, base: Base, data: Dataset, memory: float | None) -> None:
     """What fits this machine, and common cards. Raises MemoryBudgetError where it does not fit this one."""
     longest = max(len(record["input_ids"]) for record in [*data.train, *data.eval])
-    wanted = recipe.train.gradient_checkpointing
     device = base.device if memory is None else torch.device("cuda")
     card_dtype = torch.bfloat16 if recipe.lora else base.dtype
     dtype = base.dtype if device == base.device else card_dtype
     here = memory * plan.GIB if memory is not None and base.device.type != "cuda" else plan.here(base.device, memory)
     needs = plan.make(base.config, recipe.lora, dtype, device, recipe.train.optim, backend=recipe.model.backend)
     card = plan.make(base.config, recipe.lora, card_dtype, torch.device("cuda"), recipe.train.optim, backend=recipe.model.backend)
+    say("")
     table = Table("memory", "longest row", "every layer recomputed", "needs", box=None, pad_edge=False)
-    chosen = plan.choose(needs, here, longest, wanted, plan.longest_row(device, longest, recipe.train))
+    layout = segments.lay_out(needs, base.config, device, here, longest, recipe.train)
+    chosen = layout.choice
     table.add_row(*row("this run" if memory is None else f"{memory:g} GiB", chosen))
-    most = plan.longest_row(torch.device("cuda"), longest, recipe.train)
     for size in CARDS:
-        table.add_row(*row(f"a card of {size} GiB", plan.choose(card, size * plan.GIB, longest, wanted, most)))
+        with contextlib.suppress(MemoryBudgetError):
+            choice, _ = segments.fitting(card, base.config, torch.device("cuda"), size * plan.GIB, longest, recipe.train)
+            table.add_row(*row(f"a card of {size} GiB", choice))
     console.print(table)
     plain, recomputed = (needs.curve(how).per_token / 1e6 for how in (False, True))
     token = f"{plain:.2f} MB a token of a row, {recomputed:.2f} with layers recomputed"
     say(f"the longest record has {longest:,} tokens; frozen weights {needs.weights / plan.GIB:.1f} GiB, {token}")
+    if layout.line:
+        say(layout.line)
     try:
         plan.require(needs, chosen, longest)
     except MemoryBudgetError:

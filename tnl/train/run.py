@@ -31,7 +31,7 @@ from tnl.model.tokenization_baichuan import BaiChuanTokenizer
 from tnl.recipe.load import Recipe, dump, load
 from tnl.run_dir import RunDir, fingerprint, hold, latest_valid, open_run
 from tnl.storage import staged
-from tnl.train import arguments, callbacks, checkpoint, lora, plan
+from tnl.train import arguments, callbacks, checkpoint, lora, plan, segments
 from tnl.train.signals import StopSignals
 from tnl.train.step import Rows
 from tnl.train.trainer import TnlTrainer
@@ -41,31 +41,32 @@ TOLERANCE = 1e-4
 """How far the logits of the saved adapter, loaded anew, may be from those of the one in memory, relative to the largest."""
 
 
-def run(recipe_path: Path, overrides: Sequence[str] = (), *, memory: float | None = None) -> RunDir:
+def run(recipe_path: Path, overrides: Sequence[str] = (), *, memory: float | None = None, allow_change: Sequence[str] = ()) -> RunDir:
     """Train as the recipe says; an unfinished run of the same fingerprint goes on, a finished one is left as it is.
 
-    memory: GiB of the GPU that this process may use (default: what there is). Returns the run's folder.
+    memory: GiB of the GPU that this process may use (default: what there is). allow_change: fields of the fingerprint that may
+    differ from an unfinished run's, which is recorded there. Returns the run's folder.
     Raises a TnlError for whatever a person can mend, SystemExit 143 or 130 after a signal and a safe save.
     """
-    return train(load(recipe_path, overrides), memory)
+    return train(load(recipe_path, overrides), memory, allow_change)
 
 
-def resume(run_path: Path) -> RunDir:
+def resume(run_path: Path, *, memory: float | None = None, allow_change: Sequence[str] = ()) -> RunDir:
     """Continue the run in a folder by its own recipe. Raises ModelError where it is none."""
     found = RunDir(Path(run_path).expanduser().absolute())
     if not found.read_metadata() or not found.recipe.is_file():
         raise ModelError(run_path, "is not the folder of a run (run.json or recipe.yaml is missing)", "Start one with tnl train RECIPE.")
-    return train(load(found.recipe, [f"train.output_dir={found.path}"]), None)
+    return train(load(found.recipe, [f"train.output_dir={found.path}"]), memory, allow_change)
 
 
-def train(recipe: Recipe, memory: float | None) -> RunDir:
+def train(recipe: Recipe, memory: float | None, allow: Sequence[str] = ()) -> RunDir:
     """The pipeline: recipe, tokenizer, data, model, LoRA, trainer, save."""
     for line in recipe.notices:
         say(line)
     base = prepare(recipe, memory)
     path = Path(recipe.train.output_dir)
     facts = fingerprint_of(recipe, base)
-    if RunDir(path).read_metadata() and open_run(path, facts)[1] == "finished":
+    if RunDir(path).read_metadata() and open_run(path, facts, allow)[1] == "finished":
         say(f"{path}: this run is finished: tnl chat {path}")
         return RunDir(path)
     data = build(recipe.data, base.tokenizer, seed=recipe.train.seed)  # type: ignore[arg-type]
@@ -75,7 +76,7 @@ def train(recipe: Recipe, memory: float | None) -> RunDir:
     loaded = load_model(base.folder, dtype=base.dtype, device=base.device, backend=recipe.model.backend)
     model = lora.attach(loaded, recipe.lora, str(recipe.path), recipe.train.seed, say)
     show_table(model)
-    work, _ = open_run(path, facts)
+    work, _ = open_run(path, facts, allow)
     with hold(work):
         folder, notices = latest_valid(work)
         begin(work, recipe, folder, notices)
@@ -136,15 +137,19 @@ def plan_rows(recipe: Recipe, base: Base, data: Dataset, memory: float | None) -
     """Rows that fit this machine, said in one line. Raises MemoryBudgetError before any weight is loaded."""
     longest = max(len(record["input_ids"]) for record in [*data.train, *data.eval])
     needs = plan.make(base.config, recipe.lora, base.dtype, base.device, recipe.train.optim, str(recipe.path), recipe.model.backend)
-    most = plan.longest_row(base.device, longest, recipe.train)
-    choice = plan.choose(needs, plan.here(base.device, memory), longest, recipe.train.gradient_checkpointing, most)
+    layout = segments.lay_out(needs, base.config, base.device, plan.here(base.device, memory), longest, recipe.train)
+    choice = layout.choice
     budget = plan.require(needs, choice, longest)
     say(plan.words(needs, choice))
+    if layout.line:
+        say(layout.line)
     if choice.checkpointing and not recipe.train.gradient_checkpointing:
         say("train.gradient_checkpointing is on, though the recipe has it off: without it nothing fits")
         recipe.train.gradient_checkpointing = True
     padded = recipe.train.per_device_train_batch_size if recipe.data.packing == "none" else None
-    return Rows(budget, padded, label_smoothing=recipe.train.label_smoothing_factor, say=say)
+    rows = Rows(budget, padded, label_smoothing=recipe.train.label_smoothing_factor, say=say)
+    rows.segment_length, rows.offload = layout.segment_length, recipe.train.state_offload
+    return rows
 
 
 def begin(work: RunDir, recipe: Recipe, folder: Path | None, notices: Sequence[str]) -> None:
@@ -162,7 +167,7 @@ def sample_before(
     work: RunDir, recipe: Recipe, base: Base, data: Dataset, model: nn.Module, folder: Path | None
 ) -> tuple[list[generation.Sample], list[list[int]]]:
     """Questions and the untrained model's answers; those of an interrupted run are kept."""
-    samples, prompts = generation.choose(data.eval or data.train, base.tokenizer)
+    samples, prompts = generation.choose(data.eval or data.train, base.tokenizer, TEMPLATES[recipe.data.template])
     kept = generation.read(work.samples)
     if [sample.question for sample in kept] == [sample.question for sample in samples] and folder is not None:
         return kept, prompts

@@ -8,6 +8,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy
@@ -29,6 +30,11 @@ from tnl.evaluate.perplexity import (
     supervised_positions,
 )
 from tnl.kernels.linear_cross_entropy import linear_cross_entropy
+from tnl.train.long_sequence import streamed_backward
+from tnl.train.state_store import Offload
+
+SHORTEST_SEGMENT = 256
+"""Tokens: shorter segments than this are not tried when memory runs out."""
 
 
 @dataclass
@@ -43,15 +49,21 @@ class Rows:
     chunk: int = 1024
     """Positions whose logits exist at once."""
     label_smoothing: float = 0.0
+    segment_length: int | None = None
+    """A row of more tokens is computed in segments; None: every row is whole."""
+    offload: Offload = "auto"
+    """Where the states between segments wait."""
     say: Callable[[str], None] = print
 
     def state(self, model: nn.Module) -> dict[str, Any]:
         """What a checkpoint keeps, so that a resumed run lays out its rows, and rounds, as before."""
-        return {"budget": self.budget, "padded": self.padded, "chunk": self.chunk, "checkpointing": checkpoints(model)}
+        layout = {"budget": self.budget, "padded": self.padded, "chunk": self.chunk, "segment_length": self.segment_length}
+        return {**layout, "checkpointing": checkpoints(model)}
 
     def restore(self, state: dict[str, Any], model: nn.Module) -> None:
         """Take a checkpoint's layout."""
         self.budget, self.padded, self.chunk = state["budget"], state["padded"], state["chunk"]
+        self.segment_length = state["segment_length"]
         if state["checkpointing"] and not checkpoints(model):
             enable_checkpointing(model)
 
@@ -59,11 +71,16 @@ class Rows:
         """The rows as tensors on the CPU."""
         if self.padded is None:
             return [collate_rows(row) for row in pack(records, self.budget)]
-        ordered = [records[i : i + self.padded] for i in range(0, len(records), self.padded)]
-        return [collate_padded(part, self.pad_id) for part in ordered]
+        whole = [record for record in records if not self.streams(len(record["input_ids"]))]
+        long = [collate_rows([record]) for record in records if self.streams(len(record["input_ids"]))]
+        return long + [collate_padded(whole[i : i + self.padded], self.pad_id) for i in range(0, len(whole), self.padded)]
+
+    def streams(self, tokens: int) -> bool:
+        """Whether a row of so many tokens is computed in segments."""
+        return self.segment_length is not None and tokens > self.segment_length
 
     def shrink(self, model: nn.Module, records: Sequence[dict[str, Any]]) -> bool:
-        """Make the next attempt smaller, the same gradients: half the row, then checkpointing. False where nothing is left to try."""
+        """Make the next attempt smaller, the same gradients: half the row, checkpointing, segments. False where nothing is left to try."""
         longest = max(len(record["input_ids"]) for record in records)
         if self.padded is not None and self.padded > 1:
             self.padded //= 2
@@ -74,6 +91,10 @@ class Rows:
         elif not checkpoints(model):
             enable_checkpointing(model)
             self.say("out of memory: from now on with train.gradient_checkpointing, a third slower; the gradients stay the same")
+        elif min(longest, self.segment_length or longest) > SHORTEST_SEGMENT:
+            self.segment_length = max(min(longest, self.segment_length or longest) // 2 // 64 * 64, SHORTEST_SEGMENT)
+            self.budget = min(self.budget, self.segment_length)
+            self.say(f"out of memory: from now on longer rows in segments of {self.segment_length} tokens; the gradients stay the same")
         elif self.chunk > SMALLEST_BUDGET:
             self.chunk //= 4
             self.say(f"out of memory: from now on logits of {self.chunk} tokens at once")
@@ -125,15 +146,26 @@ def forward_backward(model: nn.Module, rows: Rows, records: Sequence[dict[str, A
     device = next(model.parameters()).device
     total = torch.zeros((), device=device)
     batches = rows.batches(records)
+    head = causal_lm(model).get_output_embeddings()
     for batch in batches:
+        if len(batch["input_ids"]) == 1 and rows.streams(batch["input_ids"].shape[1]):
+            total += streamed(model, batch, rows, supervised).float()
+            continue
         index, targets = supervised_positions(batch)
         if not len(targets):
             continue
         hidden = hidden_states(model, batch, device)[index.to(device)]
-        loss = head_loss(causal_lm(model).get_output_embeddings(), hidden, targets.to(device), rows) / supervised
+        loss = head_loss(head, hidden, targets.to(device), rows) / supervised
         loss.backward()
         total += loss.detach().float()
     return total, len(batches)
+
+
+def streamed(model: nn.Module, batch: dict[str, Tensor], rows: Rows, supervised: int) -> Tensor:
+    """`forward_backward` of one row in segments; with gradient checkpointing on, layers are recomputed inside them."""
+    loss = partial(head_loss, causal_lm(model).get_output_embeddings(), rows=rows)
+    mode, length = "lean" if checkpoints(model) else "fast", rows.segment_length or SHORTEST_SEGMENT
+    return streamed_backward(model, batch, length, loss, supervised=supervised, offload=rows.offload, mode=mode)  # type: ignore[arg-type]
 
 
 def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, rows: Rows) -> Tensor:
