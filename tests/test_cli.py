@@ -101,17 +101,20 @@ def test_every_target_exists_and_takes_what_it_is_given(command: str) -> None:
     target = getattr(importlib.import_module(module), function)
     options = typer.main.get_command(cli.app).commands[command].params  # type: ignore[attr-defined]
     names = [parameter.name for parameter in options if parameter.name != "help"]
-    shared = [name for name in names if name == "memory" or (command in ("chat", "generate") and name in cli.TALK)]
+    shared = [name for name in names if name in ("memory", "allow_change") or (command in ("chat", "generate") and name in cli.TALK)]
     inspect.signature(target).bind(*(name for name in names if name not in shared), **dict.fromkeys(shared))
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["train", "r.yaml", "train.seed=1", "lora.r=2"], ((Path("r.yaml"), ["train.seed=1", "lora.r=2"]), {"memory": None})),
-        (["train", "r.yaml", "train.max_steps=-1"], ((Path("r.yaml"), ["train.max_steps=-1"]), {"memory": None})),
+        (
+            ["train", "r.yaml", "train.seed=1", "lora.r=2"],
+            ((Path("r.yaml"), ["train.seed=1", "lora.r=2"]), {"memory": None, "allow_change": []}),
+        ),
+        (["train", "r.yaml", "train.max_steps=-1"], ((Path("r.yaml"), ["train.max_steps=-1"]), {"memory": None, "allow_change": []})),
         (["check", "r.yaml", "--memory", "24"], ((Path("r.yaml"), []), {"memory": 24.0})),
-        (["resume", "output/x"], ((Path("output/x"),), {})),
+        (["resume", "output/x", "--allow-change", "train.seed"], ((Path("output/x"),), {"memory": None, "allow_change": ["train.seed"]})),
         (["merge", "output/x", "merged"], ((Path("output/x"), Path("merged"), "auto", None), {})),
         (["merge", "output/x", "merged", "--dtype", "float32"], ((Path("output/x"), Path("merged"), "float32", None), {})),
         (["download", "a/b", "--hub", "modelscope"], (("a/b", "modelscope", None, None), {})),
@@ -200,7 +203,7 @@ def test_a_mistake_is_one_line_and_exit_2(arguments: list[str], said: str, capsy
 def test_exit_codes(
     error: BaseException, code: int, said: str, target: Callable[..., list[Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*arguments: Any) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
         raise error
 
     target(fail)
@@ -211,7 +214,7 @@ def test_exit_codes(
 
 @pytest.mark.parametrize("arguments", [["--debug", "resume", "x"], ["resume", "x", "--debug"]])
 def test_debug_prints_the_traceback(arguments: list[str], target: Callable[..., list[Any]], capsys: pytest.CaptureFixture[str]) -> None:
-    def fail(*given: Any) -> None:
+    def fail(*given: Any, **options: Any) -> None:
         raise DataError("a.json", "wrong")
 
     target(fail)
@@ -251,7 +254,7 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM")
 def test_terminated_exits_143() -> None:
     code = "import os, signal, types, importlib, time\nfrom tnl import cli\n"
-    code += "def run(*a):\n  print('on', flush=True)\n  time.sleep(30)\n"
+    code += "def run(*a, **o):\n  print('on', flush=True)\n  time.sleep(30)\n"
     code += "cli.importlib = types.SimpleNamespace(import_module=lambda name: types.SimpleNamespace(resume=run))\ncli.main(['resume', 'x'])"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None and process.stderr is not None

@@ -38,6 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+Allow = Annotated[list[str] | None, typer.Option(help="A field of the run that may have changed since it began; recorded in run.json.")]
 Memory = Annotated[float | None, typer.Option(min=0.5, help="GiB of the GPU that may be used, as if the card were smaller.")]
 Base = Annotated[str | None, typer.Option(help="The base model, where it is no longer where the run found it.")]
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file such as those in recipes/.")]
@@ -82,16 +83,18 @@ def _options(
 
 
 @app.command()
-def train(recipe: RecipePath, overrides: Overrides = None, memory: Memory = None) -> None:
+def train(recipe: RecipePath, overrides: Overrides = None, memory: Memory = None, allow_change: Allow = None) -> None:
     """Fine-tune as a recipe says; the same command again continues an unfinished run."""
     _check_recipe(recipe, overrides)
-    _call("train", recipe, overrides or [], memory=memory)
+    _call("train", recipe, overrides or [], memory=memory, allow_change=allow_change or [])
 
 
 @app.command()
-def resume(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]) -> None:
+def resume(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")], memory: Memory = None, allow_change: Allow = None
+) -> None:
     """Continue an unfinished run from its newest valid checkpoint."""
-    _call("resume", run)
+    _call("resume", run, memory=memory, allow_change=allow_change or [])
 
 
 @app.command()

@@ -111,7 +111,8 @@ def open_run(path: Path, fingerprint: Mapping[str, Any], allow: Iterable[str] = 
         field, old, new = refused[0]
         more = f", and {len(refused) - 1} more: {', '.join(one[0] for one in refused[1:6])}" if len(refused) > 1 else ""
         what = f"holds another run ({field} was {_short(old)} there and is {_short(new)} now{more})"
-        raise ModelError(path, what, "Undo the change, or name another folder with train.output_dir=FOLDER.")
+        todo = f"Undo the change, name another folder with train.output_dir=FOLDER, or accept it with --allow-change {field}."
+        raise ModelError(path, what, todo)
     if changes:
         allowed = [*metadata.get("allowed_changes", []), *([field, old, new] for field, old, new in changes)]
         run.update_metadata(fingerprint=dict(fingerprint), allowed_changes=allowed)

@@ -200,3 +200,11 @@ def test_hashes_differ_and_are_stable() -> None:
     assert len({template.hash for template in TEMPLATES.values()}) == len(TEMPLATES)
     assert CHATML.hash[:8] == "d5c7aa77", "a change here breaks every adapter saved before"
     assert stop_ids(TOKENIZER) == (2,)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_question_of_a_prompt_is_read_back_for_people(name: str) -> None:
+    template = TEMPLATES[name]
+    first, last = (template.user.replace("{content}", text) for text in ("第一问？", "周叔，桥修好了吗？"))
+    assert template.question(f"{first}{template.answer}好。{last}{template.answer}".strip()) == "周叔，桥修好了吗？"
+    assert template.question("plain text") == "plain text"

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tnl.data.template import TEMPLATES
 from tnl.errors import DataError
 from tnl.evaluate import generation
 from tnl.generate.sampling import Settings
@@ -14,6 +15,8 @@ from tnl.model.tokenization_baichuan import BaiChuanTokenizer
 
 torch.set_num_threads(1)
 TOKENIZER = Path(__file__).resolve().parents[1] / "golden" / "tokenizer"
+
+CHATML = TEMPLATES["chatml"]
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +41,15 @@ def record(name: str, question: list[int], *answers: list[int]) -> dict[str, obj
 
 def test_questions_are_asked_once_and_expect_the_first_answer(tokenizer: BaiChuanTokenizer) -> None:
     records = [record("a", [300, 301], [400, 401], [402]), record("b", [300, 301], [500]), record("c", [302, 303], [600])]
-    samples, prompts = generation.choose(records, tokenizer)
+    samples, prompts = generation.choose(records, tokenizer, CHATML)
     assert [sample.id for sample in samples] == ["a", "c"] and prompts == [[300, 301], [302, 303]]
     assert samples[0].expected == generation.decode(tokenizer, [400, 401])
-    assert len(generation.choose([record(str(i), [300 + i, 5], [9]) for i in range(9)], tokenizer)[0]) == generation.COUNT
+    assert len(generation.choose([record(str(i), [300 + i, 5], [9]) for i in range(9)], tokenizer, CHATML)[0]) == generation.COUNT
 
 
 def test_a_plain_text_asks_for_its_second_half(tokenizer: BaiChuanTokenizer) -> None:
-    samples, prompts = generation.choose([{"id": "t", "input_ids": [300, 301, 302, 303], "labels": [-100, 301, 302, 303]}], tokenizer)
+    text = {"id": "t", "input_ids": [300, 301, 302, 303], "labels": [-100, 301, 302, 303]}
+    samples, prompts = generation.choose([text], tokenizer, CHATML)
     assert prompts == [[300, 301]] and samples[0].expected == generation.decode(tokenizer, [302, 303])
 
 

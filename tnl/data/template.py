@@ -49,6 +49,12 @@ class Template:
     keep_end: bool = True
     """Truncation keeps the end token; the tutorial's cuts it off."""
 
+    def question(self, prompt: str) -> str:
+        """What the last user turn of a rendered prompt says, for people to read; the prompt as it is where it has none."""
+        before, after = self.user.split("{content}")
+        asked = prompt.rpartition(before)[2] if before in prompt else prompt
+        return asked.removesuffix(self.answer.strip()).strip().removesuffix(after.strip()).strip()
+
     @property
     def hash(self) -> str:
         """SHA-256 of all that decides the ids: saved in the adapter; chat refuses another."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tnl.data.template import stop_ids
+from tnl.data.template import Template, stop_ids
 from tnl.errors import DataError
 from tnl.evaluate.perplexity import IGNORED, evaluating
 from tnl.generate.decode import generate_ids
@@ -32,7 +32,9 @@ class Sample:
     after: str | None = None
 
 
-def choose(records: Sequence[dict[str, Any]], tokenizer: BaiChuanTokenizer, count: int = COUNT) -> tuple[list[Sample], list[list[int]]]:
+def choose(
+    records: Sequence[dict[str, Any]], tokenizer: BaiChuanTokenizer, template: Template, count: int = COUNT
+) -> tuple[list[Sample], list[list[int]]]:
     """Questions for samples, and the ids that ask them: the first records with different questions, up to their first answer."""
     samples: list[Sample] = []
     prompts: list[list[int]] = []
@@ -45,7 +47,8 @@ def choose(records: Sequence[dict[str, Any]], tokenizer: BaiChuanTokenizer, coun
         if ids[:start] in prompts or start == len(ids):
             continue
         prompts.append(ids[:start])
-        samples.append(Sample(str(record["id"]), decode(tokenizer, ids[:start]), decode(tokenizer, ids[start:end])))
+        question = template.question(decode(tokenizer, ids[:start]))
+        samples.append(Sample(str(record["id"]), question, decode(tokenizer, ids[start:end])))
         if len(samples) == count:
             break
     return samples, prompts
