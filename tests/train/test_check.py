@@ -25,6 +25,7 @@ def test_everything_is_shown_and_nothing_is_written(recipe: Path, base: Path, ca
     assert "[[" in said and "</s>]]" in said and "<|im_start|>user" in said
     assert re.search(r"qkvu_proj\s+2\s+320", said) and "10 optimizer steps of 8 records (5 an epoch)" in said
     assert "a card of 24 GiB" in said and "this run" in said
+    assert re.search(r"about [\d,]+ tokens/s on this CPU: [\d.]+ s for the run, [\d.]+ s for its longest record", said)
 
 
 def test_a_transcript_shows_speakers_and_five_records(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,3 +66,20 @@ def test_mistakes_are_those_of_training(recipe: Path, monkeypatch: pytest.Monkey
         check.run(recipe)
     assert "does not fit" in capsys.readouterr().out
     assert torch.tensor(0).device.type == "cpu"  # the default device is as it was
+
+
+def test_a_document_that_fits_nowhere_whole_is_shown_in_segments(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "novel.txt").write_text("春夏秋冬山水风云" * 300, encoding="utf-8")
+    recipe = tmp_path / "recipe.yaml"
+    sections = {
+        "model": {"path": str(base)},
+        "data": {"train": str(tmp_path / "novel.txt"), "format": "text", "eval": 0, "max_length": None},
+        "train": {"output_dir": str(tmp_path / "run"), "use_cpu": True, "segment_length": 256},
+    }
+    recipe.write_text(json.dumps(sections, ensure_ascii=False), encoding="utf-8")
+    check.run(recipe)
+    assert "longer rows: in segments of 256 tokens, with the gradients of one pass; states between them: 0.0 GiB" in capsys.readouterr().out
+
+
+def test_durations_are_said_as_people_say_them() -> None:
+    assert [check.clock(s) for s in (0.25, 42.3, 400, 7200)] == ["0.2 s", "42 s", "7 min", "2 h 00 min"]

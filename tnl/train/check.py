@@ -15,7 +15,7 @@ from tnl.data.build import Dataset, Report, build
 from tnl.errors import MemoryBudgetError
 from tnl.evaluate.perplexity import IGNORED, count_supervised
 from tnl.recipe.load import Recipe, load
-from tnl.train import arguments, plan, segments
+from tnl.train import arguments, calibrate, plan, segments
 from tnl.train.run import Base, prepare, show_table
 
 console = Console(highlight=False, soft_wrap=True)
@@ -44,7 +44,9 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), *, memory: float | Non
         model = plan.build(base.config, recipe.lora, base.dtype, "reference", str(recipe.path))
     show_table(model)
     show_steps(data, recipe, settings)
-    show_memory(recipe, base, data, memory)
+    layout = show_memory(recipe, base, data, memory)
+    if memory is None:
+        show_time(recipe, base, data, layout, count_steps(data, recipe, settings) * settings.records_per_step)
 
 
 def say(line: str) -> None:
@@ -118,11 +120,40 @@ def coloured(record: dict[str, Any], tokenizer: Any, brackets: bool) -> Text:
 def show_steps(data: Dataset, recipe: Recipe, settings: arguments.Settings) -> None:
     """How many optimizer steps there will be."""
     per_epoch = -(-len(data.train) // settings.records_per_step)
-    steps = recipe.train.max_steps if recipe.train.max_steps > 0 else round(-(-per_epoch * recipe.train.num_train_epochs // 1))
+    steps = count_steps(data, recipe, settings)
     say(f"{steps:,} optimizer steps of {settings.records_per_step} records ({per_epoch:,} an epoch)")
 
 
-def show_memory(recipe: Recipe, base: Base, data: Dataset, memory: float | None) -> None:
+def count_steps(data: Dataset, recipe: Recipe, settings: arguments.Settings) -> int:
+    """Optimizer steps of the run."""
+    per_epoch = -(-len(data.train) // settings.records_per_step)
+    return recipe.train.max_steps if recipe.train.max_steps > 0 else round(-(-per_epoch * recipe.train.num_train_epochs // 1))
+
+
+def show_time(recipe: Recipe, base: Base, data: Dataset, layout: segments.Layout, records: int) -> None:
+    """How long training will take here, without measuring and saving, from a calibration of a few seconds."""
+    lengths = [len(record["input_ids"]) for record in data.train]
+    longest, mean = max(lengths), sum(lengths) / len(lengths)
+    segment = layout.segment_length
+    tokens = min(segment or layout.choice.budget or longest, sum(lengths))
+    backend, recompute = recipe.model.backend, layout.choice.checkpointing
+    speed = calibrate.measure(base.config, recipe.lora, base.dtype, base.device, backend, tokens, recompute)
+    if speed is None:
+        return
+    seconds = sum(speed.seconds(length, segment) for length in lengths) / len(lengths)
+    words = f"about {mean / seconds:,.0f} tokens/s on this {base.device.type.upper()}: {clock(seconds * records)} for the run"
+    say(f"{words}, {clock(speed.seconds(longest, segment))} for its longest record")
+
+
+def clock(seconds: float) -> str:
+    """A duration as people say it."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def show_memory(recipe: Recipe, base: Base, data: Dataset, memory: float | None) -> segments.Layout:
     """What fits this machine, and common cards. Raises MemoryBudgetError where it does not fit this one."""
     longest = max(len(record["input_ids"]) for record in [*data.train, *data.eval])
     device = base.device if memory is None else torch.device("cuda")
@@ -151,6 +182,7 @@ def show_memory(recipe: Recipe, base: Base, data: Dataset, memory: float | None)
     except MemoryBudgetError:
         say("this run does not fit:")
         raise
+    return layout
 
 
 def row(name: str, choice: plan.Choice) -> tuple[str, str, str, str]:
