@@ -1,0 +1,208 @@
+"""`tnl serve`: a model, and adapters beside it, behind OpenAI's API."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from tnl import hub, paths
+from tnl.adapter.load import base_of
+from tnl.adapter.merge import merge
+from tnl.adapter.metadata import Metadata, tokenizer_hash
+from tnl.data.template import TEMPLATES
+from tnl.errors import RecipeError
+from tnl.generate.adapters import Adapters
+from tnl.generate.engine import Engine
+from tnl.generate.resolve import Options, Talker, choose_settings, find_adapter, resolve
+from tnl.serve.app import Service, create_app
+from tnl.serve.catalog import NAME, RULE, Catalog, Served
+from tnl.serve.gate import Limits
+from tnl.serve.metrics import Metrics
+from tnl.serve.protocol import bounded
+from tnl.serve.runs import Runs
+
+log = logging.getLogger("tnl.serve")
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a server is set up, beside what it serves."""
+
+    adapters: Path | None = None
+    """A folder whose sub-folders are adapters or runs, served by their names beside the base."""
+    runs: Path | None = None
+    """A folder of runs that GET /v1/runs shows."""
+    merge: bool = True
+    """A single adapter is merged into its base; False serves both, the adapter beside the base."""
+    api_key: str | None = None
+    slots: int = 8
+    """Answers that run at a time."""
+    queue: int = 64
+    """Requests that may wait."""
+    prefix_bytes: int = 1 << 30
+    """Host memory for the states of prompts' beginnings."""
+    limits: Limits = field(default_factory=Limits)
+
+
+def run(model_or_run: str, host: str = "127.0.0.1", port: int = 8000, serving: Serving | None = None, **options: Any) -> None:
+    """Serve until SIGTERM or SIGINT, then end what runs and return.
+
+    options: as chat's (system, template, temperature, base, device, dtype ...). Raises RecipeError where the address is taken or an
+    option cannot apply, what `resolve` raises, and RuntimeError where the engine died.
+    """
+    serving = serving or Serving()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    listening = listen(host, port)
+    with contextlib.closing(listening):
+        service, notices = prepare(model_or_run, serving, options)
+        for notice in notices:
+            log.info(notice)
+        local = is_loopback(host)
+        if not local and not serving.api_key:
+            log.warning("everybody who reaches %s:%d can use this server: give it an API key", host, port)
+        app = create_app(service, api_key=serving.api_key, local=local)
+        server = Server(app, service, host)
+        names = ", ".join(card.id for card in service.catalog.cards())
+        shown_host = f"[{host}]" if ":" in host else host
+        log.info("http://%s:%d/v1 serves %s", shown_host, listening.getsockname()[1], names)
+        service.engine.start()
+        try:
+            server.run([listening])
+        finally:
+            service.engine.close()
+    if service.engine.error is not None:
+        raise RuntimeError("the engine died") from service.engine.error
+
+
+def prepare(model_or_run: str, serving: Serving, options: Any) -> tuple[Service, list[str]]:
+    """Load what is served. Raises what `resolve` raises."""
+    for name, folder in (("--adapters", serving.adapters), ("--runs", serving.runs)):
+        if folder is not None and not folder.is_dir():
+            raise RecipeError(name, *(paths.missing(folder) if not folder.exists() else (f"{folder} is no folder", "Name a folder")))
+    wanted: Options = options
+    talker = resolve(model_or_run, wanted)
+    adapter = find_adapter(hub.resolve(model_or_run), [])
+    beside = adapter is not None and (serving.adapters is not None or not serving.merge)
+    model, base = unwrapped(talker, beside), served_name(model_or_run)
+    served = Served(base, talker.template, talker.system, talker.settings)
+    weights = hub.DEMO if model.name_or_path == "demo" else Path(model.name_or_path)
+    if beside:
+        base = served_name(str(model.name_or_path))
+        # the adapter's own ways of asking are its own; the base is asked as a base
+        template = TEMPLATES[wanted.get("template") or "chatml"]
+        served = Served(base, template, wanted.get("system"), choose_settings(Metadata(), weights))
+    bank = Adapters(model)
+    engine = Engine(model, talker.tokenizer, adapters=bank, slots=serving.slots, prefix_bytes=serving.prefix_bytes, queue=serving.queue)
+    catalog = Catalog(served, bank, root=serving.adapters, tokenizer=tokenizer_hash(weights))
+    if beside and adapter is not None:
+        catalog.extra[served_name(model_or_run)] = adapter
+    return Service(engine, catalog, Runs(serving.runs), Metrics(engine), serving.limits), talker.notices
+
+
+def unwrapped(talker: Talker, beside: bool) -> Any:
+    """The model alone: with its adapter merged in, or without it."""
+    if base_of(talker.model) is talker.model:
+        return talker.model
+    return talker.model.unload().eval() if beside else merge(talker.model)
+
+
+def served_name(word: str) -> str:
+    """The name that clients use. Raises RecipeError where a folder's name cannot be one."""
+    name = Path(word).resolve().name if paths.looks_like_path(word) and word != "demo" else word.rpartition("/")[2]
+    if not NAME.fullmatch(name):
+        raise RecipeError(word, "its name cannot be a model's", f"{RULE}: rename the folder")
+    return name
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises RecipeError where the address is taken or is none of this machine's."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        found = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise RecipeError("--host", f"{host} is no address of this machine ({error.strerror})", "Use 127.0.0.1, or 0.0.0.0") from None
+    try:
+        if os.name != "nt":
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+        found.listen(2048)
+    except OSError as error:
+        found.close()
+        raise RecipeError("--port", f"{host}:{port} cannot be used ({error.strerror})", "Stop what uses it, or take another port") from None
+    return found
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, but a signal ends it well: nothing new is taken, what runs ends within the limit, and the exit code is 0."""
+
+    def __init__(self, app: Any, service: Service, host: str) -> None:
+        limits = service.limits
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=host,
+                http=bounded(limits),
+                ws="none",
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                timeout_keep_alive=30,
+                timeout_graceful_shutdown=round(limits.drain_seconds) + 1,
+            )
+        )
+        self.engine, self.limits = service.engine, limits
+        self.engine.on_death = self._dead
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """Drain; a second signal does not wait."""
+        if self.should_exit:
+            self.force_exit = True
+            return
+        self.drain()
+
+    def drain(self) -> None:
+        """Take nothing new, and give what runs its time."""
+        self.engine.closed = self.should_exit = True
+        timer = threading.Timer(self.limits.drain_seconds, self.engine.close)
+        timer.daemon = True
+        timer.start()
+
+    def _dead(self) -> None:
+        """Say so on /health for a moment, then end: whoever watches the process starts another."""
+        timer = threading.Timer(2.0, self.drain)
+        timer.daemon = True
+        timer.start()
