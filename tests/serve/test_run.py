@@ -166,9 +166,7 @@ def ready(port: int) -> httpx2.Client:
 
 def test_sigterm_ends_a_process_well(base: Path) -> None:
     port = free_port()
-    with spawned(base, port) as process, contextlib.closing(ready(port)) as client, spawned(base, port) as second:
-        _, told = second.communicate(timeout=60)
-        assert second.returncode == 2 and f"--port: 127.0.0.1:{port} cannot be used" in told
+    with spawned(base, port) as process, contextlib.closing(ready(port)) as client:
         with client.stream("POST", CHAT, json=ASK) as stream:
             lines = stream.iter_lines()
             next(lines)
@@ -187,3 +185,17 @@ def test_a_process_whose_engine_dies_exits_with_another_code(base: Path) -> None
         assert client.post(CHAT, json={**ASK, "stream": False}).status_code == 500
         assert client.get("/health").status_code == 503
         assert process.wait(20) != 0
+
+
+@pytest.mark.slow
+def test_a_second_process_on_the_port_leaves_the_first_alone(base: Path) -> None:
+    port = free_port()
+    with spawned(base, port), contextlib.closing(ready(port)) as client, spawned(base, port) as second:
+        _, told = second.communicate(timeout=60)
+        assert second.returncode == 2 and f"--port: 127.0.0.1:{port} cannot be used" in told
+        assert client.get("/health").status_code == 200
+
+
+def test_options_by_their_names() -> None:
+    found = Serving.of({"slots": 16, "queue": None, "max_prompt": 100, "api_key": "x", "merge": False, "temperature": 0.5, "max_tokens": 7})
+    assert found == Serving(slots=16, api_key="x", merge=False, limits=Limits(prompt=100, max_tokens=7))

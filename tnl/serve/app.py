@@ -190,6 +190,7 @@ def ask(service: Service, wanted: schema.Sampling, served: Served, prompts: list
 
 async def reply(http: HttpRequest, wanted: schema.Sampling, asked: Asked, writer: Writer) -> Response:
     """The answers as a stream or whole."""
+    http.state.user = wanted.user
     if wanted.stream:
         return EventStream(asked, writer.events, writer.last)
     return JSONResponse(writer.whole(await asked.answers(http.receive)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,7 +67,11 @@ class Catalog:
             raise unknown_model(name)
         served = self.base if name == self.base.name else self._loaded.get(name)
         loaded = served is not None and (served.adapter is None or served.adapter in self.adapters.keys)
-        return ModelCard(id=name, created=self.created, root=self.base.name, loaded=loaded, system=served.system if served else None)
+        system = served.system if served else None
+        if served is None:
+            with suppress(TnlError):
+                system = read_adapter_metadata(self.folders()[name]).system
+        return ModelCard(id=name, created=self.created, root=self.base.name, loaded=loaded, system=system)
 
     async def take(self, name: str, *, anew: bool = False) -> Served:
         """The model of that name, its adapter in memory and held until `release`; anew: as it lies on the disk now.

@@ -77,8 +77,10 @@ class Gate:
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self.metrics.requests.labels(route, str(status)).inc()
+            user = scope["state"].get("user")
+            by = f" user={shown(user)}" if user else ""
             seconds = time.perf_counter() - begun
-            log.info("%s %s %s %d %.3fs", own, shown(scope["method"]), shown(scope["path"]), status, seconds)
+            log.info("%s %s %s %d %.3fs%s", own, shown(scope["method"]), shown(scope["path"]), status, seconds, by)
 
     def check(self, scope: Scope) -> None:
         """Refuse who may not ask. Raises ApiError."""

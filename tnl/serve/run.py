@@ -10,10 +10,10 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Generator
-from dataclasses import dataclass, field
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import uvicorn
 
@@ -36,33 +36,59 @@ from tnl.serve.runs import Runs
 log = logging.getLogger("tnl.serve")
 
 
+class ServeOptions(Options, total=False):
+    """chat's options, for what is served, and the server's own; None or absent: the default."""
+
+    adapters: Path | None
+    """A folder whose sub-folders are adapters or runs, served by their names beside the base."""
+    runs: Path | None
+    """A folder of runs that GET /v1/runs shows."""
+    merge: bool
+    """A single adapter is merged into its base; False serves both, the adapter beside the base."""
+    api_key: str | None
+    """Whoever asks must give it; None lets everybody."""
+    slots: int | None
+    """Answers that run at a time."""
+    queue: int | None
+    """Requests that may wait."""
+    prefix_bytes: int | None
+    """Host memory for the states of prompts' beginnings."""
+    max_tokens: int | None
+    """Tokens of an answer."""
+    max_prompt: int | None
+    """Tokens of a prompt."""
+
+
 @dataclass(frozen=True)
 class Serving:
-    """How a server is set up, beside what it serves."""
+    """How a server is set up, beside what it serves: see `ServeOptions`."""
 
     adapters: Path | None = None
-    """A folder whose sub-folders are adapters or runs, served by their names beside the base."""
     runs: Path | None = None
-    """A folder of runs that GET /v1/runs shows."""
     merge: bool = True
-    """A single adapter is merged into its base; False serves both, the adapter beside the base."""
     api_key: str | None = None
     slots: int = 8
-    """Answers that run at a time."""
     queue: int = 64
-    """Requests that may wait."""
     prefix_bytes: int = 1 << 30
-    """Host memory for the states of prompts' beginnings."""
     limits: Limits = field(default_factory=Limits)
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Serving:
+        """From options by their names; those of `resolve` are left out."""
+        given = {name: value for name, value in options.items() if value is not None}
+        bounds = {"max_tokens": "max_tokens", "max_prompt": "prompt"}
+        limits = Limits(**{own: given[name] for name, own in bounds.items() if name in given})
+        names = {one.name for one in fields(cls)} - {"limits"}
+        return cls(**{name: value for name, value in given.items() if name in names}, limits=limits)
 
-def run(model_or_run: str, host: str = "127.0.0.1", port: int = 8000, serving: Serving | None = None, **options: Any) -> None:
+
+def run(model_or_run: str, host: str = "127.0.0.1", port: int = 8000, **options: Unpack[ServeOptions]) -> None:
     """Serve until SIGTERM or SIGINT, then end what runs and return.
 
-    options: as chat's (system, template, temperature, base, device, dtype ...). Raises RecipeError where the address is taken or an
-    option cannot apply, what `resolve` raises, and RuntimeError where the engine died.
+    Raises RecipeError where the address is taken or an option cannot apply, what `resolve` raises, and RuntimeError where the
+    engine died.
     """
-    serving = serving or Serving()
+    serving = Serving.of(options)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     listening = listen(host, port)
@@ -87,12 +113,12 @@ def run(model_or_run: str, host: str = "127.0.0.1", port: int = 8000, serving: S
         raise RuntimeError("the engine died") from service.engine.error
 
 
-def prepare(model_or_run: str, serving: Serving, options: Any) -> tuple[Service, list[str]]:
+def prepare(model_or_run: str, serving: Serving, options: Mapping[str, Any]) -> tuple[Service, list[str]]:
     """Load what is served. Raises what `resolve` raises."""
     for name, folder in (("--adapters", serving.adapters), ("--runs", serving.runs)):
         if folder is not None and not folder.is_dir():
             raise RecipeError(name, *(paths.missing(folder) if not folder.exists() else (f"{folder} is no folder", "Name a folder")))
-    wanted: Options = options
+    wanted = Options(**{name: value for name, value in options.items() if name in Options.__annotations__})  # type: ignore[typeddict-item]
     talker = resolve(model_or_run, wanted)
     adapter = find_adapter(hub.resolve(model_or_run), [])
     beside = adapter is not None and (serving.adapters is not None or not serving.merge)
