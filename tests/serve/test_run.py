@@ -18,7 +18,7 @@ import pytest
 
 from tnl.errors import ModelError, RecipeError
 from tnl.serve.gate import Limits
-from tnl.serve.run import Serving, is_loopback, listen, prepare, served_name
+from tnl.serve.run import Serving, is_loopback, listen, prepare, run, served_name
 
 CHAT = "/v1/chat/completions"
 ASK = {"model": "tiny-base", "messages": [{"role": "user", "content": "你好"}], "max_tokens": 400, "temperature": 1, "stream": True}
@@ -164,6 +164,27 @@ def ready(port: int) -> httpx2.Client:
     raise AssertionError("the server did not start")
 
 
+def test_sigterm_lets_run_return(base: Path) -> None:
+    """On this thread, as the command does: what runs ends, and nothing is raised."""
+    port, found = free_port(), list[str]()
+
+    def talk() -> None:
+        with contextlib.closing(ready(port)) as client, client.stream("POST", CHAT, json=ASK) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            os.kill(os.getpid(), signal.SIGTERM)
+            found.extend(line for line in lines if line)
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=talk)
+    thread.start()
+    run(str(base), port=port, slots=8, max_tokens=500)
+    thread.join(10)
+    assert found[-1] == "data: [DONE]" and sum('"finish_reason": "' in line for line in found) == 1
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.slow
 def test_sigterm_ends_a_process_well(base: Path) -> None:
     port = free_port()
     with spawned(base, port) as process, contextlib.closing(ready(port)) as client:
