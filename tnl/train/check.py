@@ -23,6 +23,8 @@ LEARNED, READ = "bold green", "dim"
 CARDS = (12, 16, 24, 40, 80)
 """GiB of the cards that the memory table is for, beside this machine's."""
 TRANSCRIPT_RECORDS = 5
+SHOWN = 2000
+"""Tokens of a record that are shown; of a longer one its beginning and end."""
 
 
 def run(recipe_path: Path, overrides: Sequence[str] = (), *, memory: float | None = None) -> None:
@@ -46,7 +48,7 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), *, memory: float | Non
     show_steps(data, recipe, settings)
     layout = show_memory(recipe, base, data, memory)
     if memory is None:
-        show_time(recipe, base, data, layout, count_steps(data, recipe, settings) * settings.records_per_step)
+        show_time(recipe, base, data, layout, count_steps(data, recipe, settings) / per_epoch(data, settings))
 
 
 def say(line: str) -> None:
@@ -97,7 +99,15 @@ def show_record(record: dict[str, Any], base: Base) -> None:
     how = "between [[ and ]]" if brackets else "green"
     say("")
     say(f"{short(record['id'])}: {len(record['input_ids'])} tokens, {count_supervised(record)} learned ({how})")
-    console.print(coloured(record, base.tokenizer, brackets))
+    size, half = len(record["input_ids"]), SHOWN // 2
+    if size <= SHOWN:
+        console.print(coloured(record, base.tokenizer, brackets))
+        return
+    for part in (slice(0, half), slice(size - half, size)):
+        shown = {name: record[name][part] for name in ("input_ids", "labels")}
+        console.print(coloured(shown, base.tokenizer, brackets))
+        if part.start == 0:
+            say(f"... {size - SHOWN:,} tokens ...")
 
 
 def coloured(record: dict[str, Any], tokenizer: Any, brackets: bool) -> Text:
@@ -119,29 +129,33 @@ def coloured(record: dict[str, Any], tokenizer: Any, brackets: bool) -> Text:
 
 def show_steps(data: Dataset, recipe: Recipe, settings: arguments.Settings) -> None:
     """How many optimizer steps there will be."""
-    per_epoch = -(-len(data.train) // settings.records_per_step)
     steps = count_steps(data, recipe, settings)
-    say(f"{steps:,} optimizer steps of {settings.records_per_step} records ({per_epoch:,} an epoch)")
+    say(f"{steps:,} optimizer steps of {settings.records_per_step} records ({per_epoch(data, settings):,} an epoch)")
 
 
 def count_steps(data: Dataset, recipe: Recipe, settings: arguments.Settings) -> int:
     """Optimizer steps of the run."""
-    per_epoch = -(-len(data.train) // settings.records_per_step)
-    return recipe.train.max_steps if recipe.train.max_steps > 0 else round(-(-per_epoch * recipe.train.num_train_epochs // 1))
+    train = recipe.train
+    return train.max_steps if train.max_steps > 0 else round(-(-per_epoch(data, settings) * train.num_train_epochs // 1))
 
 
-def show_time(recipe: Recipe, base: Base, data: Dataset, layout: segments.Layout, records: int) -> None:
+def per_epoch(data: Dataset, settings: arguments.Settings) -> int:
+    """Optimizer steps an epoch; the last one may have fewer records."""
+    return -(-len(data.train) // settings.records_per_step)
+
+
+def show_time(recipe: Recipe, base: Base, data: Dataset, layout: segments.Layout, epochs: float) -> None:
     """How long training will take here, without measuring and saving, from a calibration of a few seconds."""
     lengths = [len(record["input_ids"]) for record in data.train]
-    longest, mean = max(lengths), sum(lengths) / len(lengths)
+    longest = max(lengths)
     segment = layout.segment_length
     tokens = min(segment or layout.choice.budget or longest, sum(lengths))
     backend, recompute = recipe.model.backend, layout.choice.checkpointing
     speed = calibrate.measure(base.config, recipe.lora, base.dtype, base.device, backend, tokens, recompute)
     if speed is None:
         return
-    seconds = sum(speed.seconds(length, segment) for length in lengths) / len(lengths)
-    words = f"about {mean / seconds:,.0f} tokens/s on this {base.device.type.upper()}: {clock(seconds * records)} for the run"
+    seconds = sum(speed.seconds(length, segment) for length in lengths)
+    words = f"about {sum(lengths) / seconds:,.0f} tokens/s on this {base.device.type.upper()}: {clock(seconds * epochs)} for the run"
     say(f"{words}, {clock(speed.seconds(longest, segment))} for its longest record")
 
 
