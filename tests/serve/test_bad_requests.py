@@ -41,6 +41,7 @@ BODIES = {
     "deep": b'{"model": ' + b"[" * 200_000,
     "deep and closed": b'{"a": ' * 50_000 + b"1" + b"}" * 50_000,
     "digits": b'{"model": ' + b"9" * 100_000 + b"}",
+    "keys": json.dumps({**ASK, "messages": [dict.fromkeys(map(str, range(50_000)), 1)]}).encode(),
     "form": b"model=tiny-base&n=1",
 }
 

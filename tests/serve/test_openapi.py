@@ -68,7 +68,7 @@ def walk(live: Any, examples: int) -> None:
             @settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
             @given(case=operation.as_strategy(generation_mode=mode))
             def one(case: Any) -> None:
-                if isinstance(case.body, dict) and case.body.get("model"):
+                if isinstance(case.body, dict) and 0 < len(str(case.body.get("model"))) < 10:
                     case.body["model"] = "tiny-base"
                 case.call_and_validate(checks=CHECKS)
 

@@ -34,11 +34,13 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 """Fields of OpenAI's API that this server does not have: taken only with a value that asks for nothing."""
 
+KEYS = 64
+"""Keys that one object of a request may have."""
 Model = TypeVar("Model", bound=BaseModel)
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 Text = Annotated[str, Field(max_length=1 << 20)]
-Texts = Annotated[list[Text], Field(min_length=1, max_length=16)]
-Ids = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1)]
+Texts = Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=16)]
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(fail_fast=True, min_length=1)]
 
 
 class Strict(BaseModel):
@@ -71,8 +73,8 @@ class Sampling(Strict):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(max_length=16)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=4)] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(fail_fast=True, max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=256)] | None = None
@@ -103,7 +105,7 @@ class Sampling(Strict):
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=1000)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -120,7 +122,7 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """POST /v1/completions: text goes on as it stands, no template; ids are read as they are."""
 
-    prompt: Text | Texts | Ids | Annotated[list[Ids], Field(min_length=1, max_length=16)]
+    prompt: Text | Texts | Ids | Annotated[list[Ids], Field(fail_fast=True, min_length=1, max_length=16)]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @property
@@ -262,7 +264,9 @@ def read_json(body: bytes) -> Any:
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys are all different."""
+    """An object whose keys are all different, and not too many to say what is wrong with each."""
+    if len(pairs) > KEYS:
+        raise ApiError(400, f"the body has an object of {len(pairs):,} keys (at most {KEYS} are sensible)")
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
