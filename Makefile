@@ -10,7 +10,7 @@ PIP := .venv/bin/python -m pip install --disable-pip-version-check --quiet $(if 
 	touch $@
 
 .venv/.dev: .venv/.installed
-	$(PIP) --editable '.[dev]' triton
+	$(PIP) --editable '.[dev]'
 	touch $@
 
 .PHONY: demo test test-slow test-gpu lint
@@ -18,10 +18,10 @@ demo: .venv/.installed
 	.venv/bin/tnl demo --name '$(NAME)'
 
 test: .venv/.dev
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/.dev
-	.venv/bin/python -m pytest -m slow --timeout=1800
+	.venv/bin/python -m pytest -m slow --timeout=1800 -n 2 --dist loadfile
 
 test-gpu: .venv/.dev
 	.venv/bin/python -m pytest -m gpu
