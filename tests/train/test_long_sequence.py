@@ -16,7 +16,7 @@ from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.model.state import TransnormerCache
 from tnl.recipe.sections import LoraSection
-from tnl.train import long_sequence, lora
+from tnl.train import long_sequence, lora, plan, state_store
 from tnl.train import run as training
 from tnl.train import step as steps
 from tnl.train.callbacks import read_metrics
@@ -340,3 +340,20 @@ generation: {{max_new_tokens: 2}}
     for a, b in zip(whole, parts):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
         assert a["tokens"] == b["tokens"]
+
+
+@pytest.mark.parametrize("mode", ["fast", "lean"])
+def test_memory_does_not_grow_with_the_length_but_for_the_kept_states(mode: str) -> None:
+    """Counted on PyTorch's meta device: every tensor that lives at once."""
+    with torch.device("meta"):
+        config = TransnormerConfig(**SIZES, linear_use_lrpe_list=[1, 0])
+        model = lora.attach(TransnormerForCausalLM(config), LORA, "recipe.yaml", 1, lambda line: None).train()
+    peaks = {}
+    for tokens in (640, 1280):
+        batch = {"input_ids": torch.ones(1, tokens, dtype=torch.int64), "labels": torch.ones(1, tokens, dtype=torch.int64)}
+        with plan.Live(model) as live:
+            streamed_backward(model, batch, 64, loss_of(model), supervised=tokens, offload="gpu", mode=mode, every=1)
+        model.zero_grad(set_to_none=True)
+        peaks[tokens] = live.peak
+    assert peaks[1280] - peaks[640] == 10 * state_store.state_bytes(config)
+    assert plan.trace(model, 640) > 4 * (peaks[640] - 10 * state_store.state_bytes(config)), "one pass"
