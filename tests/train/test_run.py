@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tnl.adapter.load import load_adapter, read_adapter_metadata
 from tnl.errors import MemoryBudgetError, ModelError, StorageError
+from tnl.generate.resolve import resolve
 from tnl.model.load import load_model
 from tnl.recipe.load import load
 from tnl.run_dir import RunDir, checkpoints
@@ -183,6 +185,30 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert weights(run) == weights(finished)
     steps = [line["step"] for line in callbacks.read_metrics(run.metrics) if "eval_loss" in line]
     assert steps == [2, 4, 6, 8, 10] and run.read_metadata()["best_step"] == finished.read_metadata()["best_step"]
+
+
+def test_a_checkpoint_is_asked_as_it_is_being_taught(base: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = write_recipe(tmp_path, base, records, output_dir=str(tmp_path / "run"))
+    real = TnlTrainer.training_step
+
+    def dies(self: TnlTrainer, *args: Any) -> Any:
+        if self.state.global_step == 2:
+            raise Killed
+        return real(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TnlTrainer, "training_step", dies)
+        with pytest.raises(Killed):
+            training.run(recipe, ["data.template=alpaca", "data.system=说书人"])
+    for word in (tmp_path / "run", tmp_path / "run" / "checkpoint-2"):
+        talker = resolve(str(word), {"device": "cpu"})
+        assert talker.template.name == "alpaca" and talker.system == "说书人"
+        assert not talker.settings.do_sample and talker.settings.max_new_tokens == 4
+    other = shutil.copytree(base, tmp_path / "other")
+    changed = {name: tensor + 1 for name, tensor in load_file(other / "model.safetensors").items()}
+    save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="same sizes but other weights"):
+        resolve(str(tmp_path / "run"), {"device": "cpu", "base": str(other)})
 
 
 def test_a_damaged_checkpoint_is_passed_over(

@@ -16,7 +16,7 @@ from torch import nn
 
 from tnl import hub
 from tnl.adapter.load import load_adapter
-from tnl.adapter.metadata import describe, write_metadata
+from tnl.adapter.metadata import Metadata, describe, write_metadata
 from tnl.data.build import Dataset, build
 from tnl.data.files import find_files
 from tnl.data.template import TEMPLATES
@@ -85,6 +85,7 @@ def train(recipe: Recipe, memory: float | None, allow: Sequence[str] = ()) -> Ru
         watchers = [callbacks.Metrics(work.metrics), live]
         trainer = TnlTrainer(model, args, settings, rows, data.train, data.eval, watchers, stop.asked)
         rows.say = live.say
+        trainer.about = describe_result(work, recipe, lora.is_adapted(model))
         trainer.preflight()
         samples = sample_before(work, recipe, base, data, model, folder)
         with stop, closing(live):
@@ -193,7 +194,7 @@ def finish(work: RunDir, recipe: Recipe, base: Base, trainer: TnlTrainer, sample
     if note := callbacks.overfitting(lines, best is not None):
         say(note)
     trainer.optimizer_mode("eval")
-    folder = save(work, recipe, base, trainer.net)
+    folder = save(work, base, trainer.net, recipe.model.path, trainer.about)
     asked, prompts = samples
     answers = generation.answer(trainer.net, base.tokenizer, prompts, Sampling.of(recipe.generation.model_dump()), recipe.train.seed)
     asked = [replace(sample, after=text) for sample, text in zip(asked, answers)]
@@ -204,23 +205,33 @@ def finish(work: RunDir, recipe: Recipe, base: Base, trainer: TnlTrainer, sample
     say(f"saved in {folder}. Talk to it: tnl chat {work.path if lora.is_adapted(trainer.net) else folder}")
 
 
-def save(work: RunDir, recipe: Recipe, base: Base, model: nn.Module) -> Path:
-    """Write the adapter (without LoRA: the whole model) with what is needed to use it; load it anew and compare. Returns its folder."""
-    adapted = lora.is_adapted(model)
-    final = work.adapter if adapted else work.path / "model"
-    model_section = recipe.model
-    about = describe(
-        final,
-        model_section.path,
-        hub_name=model_section.hub,
-        revision=model_section.revision,
+def result_folder(work: RunDir, adapted: bool) -> Path:
+    """Where the run's adapter will lie (without LoRA: the whole model)."""
+    return work.adapter if adapted else work.path / "model"
+
+
+def describe_result(work: RunDir, recipe: Recipe, adapted: bool) -> Metadata:
+    """What the result, and every checkpoint beside it, says of its base and of how it was taught."""
+    section = recipe.model
+    return describe(
+        result_folder(work, adapted),
+        section.path,
+        hub_name=section.hub,
+        revision=section.revision,
         template=TEMPLATES[recipe.data.template],
         system=recipe.data.system,
         generation=recipe.generation.model_dump(),
     )
+
+
+def save(work: RunDir, base: Base, model: nn.Module, path: str, about: Metadata | None) -> Path:
+    """Write the adapter (without LoRA: the whole model) with what is needed to use it; load it anew and compare. Returns its folder."""
+    adapted = lora.is_adapted(model)
+    final = result_folder(work, adapted)
     with staged(final, None, checkpoint.estimate_bytes(model)) as folder:
-        checkpoint.save_weights(model, folder, model_section.path)
-        write_metadata(folder, about)
+        checkpoint.save_weights(model, folder, path)
+        if about is not None:
+            write_metadata(folder, about)
         if not adapted:
             base.tokenizer.save_pretrained(folder)
     if adapted:

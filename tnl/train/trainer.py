@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, TrainerState
 
+from tnl.adapter.metadata import Metadata, write_metadata
 from tnl.errors import RecipeError
 from tnl.evaluate import perplexity
 from tnl.run_dir import RunDir, check_checkpoint, rotate
@@ -80,6 +81,8 @@ class TnlTrainer(Trainer):
         self.pending_evaluation = False
         self.saved_step: int | None = None
         self.resumed: dict[str, Any] = {}
+        self.about: Metadata | None = None
+        """What every checkpoint says of itself (tnl.json), so that it can be asked as it is being taught."""
         self.clock = Clock()
 
     # ---- data -----------------------------------------------------------------------------------
@@ -246,6 +249,8 @@ class TnlTrainer(Trainer):
             }
             with staged(self.run.checkpoint(self.state.global_step), extra, checkpoint.estimate_bytes(self.net)) as folder:
                 checkpoint.save_weights(self.net, folder)
+                if self.about is not None:
+                    write_metadata(folder, self.about)
                 checkpoint.save_training_state(folder, self.optimizer, self.lr_scheduler, self.portable_state())
             self.saved_step = self.state.global_step
             for line in rotate(self.run, self.settings.save_total_limit, self.best_checkpoint):
