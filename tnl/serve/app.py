@@ -46,6 +46,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         503: "The server is stopping",
     }.items()
 }
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+"""What else a completion may be."""
 BODIES: list[type[BaseModel]] = [schema.ChatRequest, schema.CompletionRequest, schema.PlainRequest]
 Name = Annotated[str, Path(max_length=200)]
 
@@ -77,7 +79,7 @@ def create_app(service: Service, *, api_key: str | None = None, local: bool = Fa
 def add_completions(app: FastAPI, service: Service) -> None:
     """What draws answers."""
 
-    @app.post("/v1/chat/completions", response_model=schema.Completion, openapi_extra=body_of(schema.ChatRequest))
+    @app.post("/v1/chat/completions", response_model=schema.Completion, responses=STREAM, openapi_extra=body_of(schema.ChatRequest))
     async def chat(http: HttpRequest) -> Response:
         wanted = schema.parse(schema.ChatRequest, await http.body())
         if wanted.top_logprobs is not None and not wanted.logprobs:
@@ -90,7 +92,7 @@ def add_completions(app: FastAPI, service: Service) -> None:
             service.catalog.release(served)
         return await reply(http, wanted, asked, ChatWriter(service.engine, wanted, asked))
 
-    @app.post("/v1/completions", response_model=schema.Completion, openapi_extra=body_of(schema.CompletionRequest))
+    @app.post("/v1/completions", response_model=schema.Completion, responses=STREAM, openapi_extra=body_of(schema.CompletionRequest))
     async def completions(http: HttpRequest) -> Response:
         wanted = schema.parse(schema.CompletionRequest, await http.body())
         served = await service.catalog.take(wanted.model)
