@@ -95,13 +95,19 @@ def test_version() -> None:
     assert tnl("--version").stdout.startswith("tnl 0.")
 
 
+OWN = {"adapters": None, "runs": None, "merge": False, "api_key": None, "slots": None, "queue": None}
+SERVE = OWN | {name: default for name, (_, default) in cli.TALK.items()}
+
+
 @pytest.mark.parametrize("command", list(cli.TARGETS))
 def test_every_target_exists_and_takes_what_it_is_given(command: str) -> None:
     module, _, function = cli.TARGETS[command].partition(":")
     target = getattr(importlib.import_module(module), function)
     options = typer.main.get_command(cli.app).commands[command].params  # type: ignore[attr-defined]
     names = [parameter.name for parameter in options if parameter.name != "help"]
-    shared = [name for name in names if name in ("memory", "allow_change") or (command in ("chat", "generate") and name in cli.TALK)]
+    positional = {"serve": ("model_or_run", "host", "port")}.get(command, names)
+    by_name = ("memory", "allow_change", *(cli.TALK if command in ("chat", "generate") else ()))
+    shared = [name for name in names if name in by_name or name not in positional]
     inspect.signature(target).bind(*(name for name in names if name not in shared), **dict.fromkeys(shared))
 
 
@@ -120,6 +126,7 @@ def test_every_target_exists_and_takes_what_it_is_given(command: str) -> None:
         (["download", "a/b", "--hub", "modelscope"], (("a/b", "modelscope", None, None), {})),
         (["demo", "--name", "小红"], (("小红", Path("output/demo")), {})),
         (["evaluate", "r.yaml"], ((Path("r.yaml"), []), {})),
+        (["serve", "demo", "--port", "8080", "--no-merge"], (("demo", "127.0.0.1", 8080), SERVE)),
     ],
 )
 def test_arguments_reach_their_function(

@@ -24,6 +24,7 @@ TARGETS = {
     "chat": "tnl.generate.chat:run",
     "generate": "tnl.generate.run:run",
     "evaluate": "tnl.evaluate.run:run",
+    "serve": "tnl.serve.run:run",
     "merge": "tnl.adapter.merge:run",
     "download": "tnl.hub:run",
     "demo": "tnl.train.demo:run",
@@ -56,7 +57,7 @@ TALK: dict[str, tuple[Any, Any]] = {
     "device": (Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")], "auto"),
     "dtype": (Annotated[str, typer.Option(help="auto, bfloat16 or float32.")], "auto"),
 }
-"""What chat and generate have in common: name -> (type and help, default)."""
+"""What chat, generate and serve have in common: name -> (type and help, default)."""
 
 
 def _talks(command: Decorated) -> Decorated:
@@ -121,6 +122,29 @@ def generate(
 ) -> None:
     """Answer one question, or each line of a file, and end."""
     _call("generate", model_or_run, prompt, file, **options)
+
+
+@app.command()
+@_talks
+def serve(
+    model_or_run: Talker,
+    host: Annotated[str, typer.Option(help="The address to listen on; anything but 127.0.0.1 can be reached from outside.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port.")] = 8000,
+    adapters: Annotated[Path | None, typer.Option(help="A folder of adapters or runs, each served by its name beside the base.")] = None,
+    runs: Annotated[
+        Path | None, typer.Option(help="The folder of runs that GET /v1/runs shows; without it output/, if it is there.")
+    ] = None,
+    merge: Annotated[bool, typer.Option(help="Merge a single adapter into its base; --no-merge serves both.")] = True,
+    api_key: Annotated[str | None, typer.Option(envvar="TNL_API_KEY", help="Whoever asks must give it.")] = None,
+    slots: Annotated[int | None, typer.Option(min=1, help="Answers that run at a time.")] = None,
+    queue: Annotated[int | None, typer.Option(min=0, help="Requests that may wait.")] = None,
+    **options: Any,
+) -> None:
+    """Answer OpenAI's API over HTTP: many conversations at a time, memory that does not grow."""
+    if runs is None and Path("output").is_dir():
+        runs = Path("output")
+    own = {"adapters": adapters, "runs": runs, "merge": merge, "api_key": api_key, "slots": slots, "queue": queue}
+    _call("serve", model_or_run, host, port, **own, **options)
 
 
 @app.command()
