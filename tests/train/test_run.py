@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from tnl.adapter.load import load_adapter, read_adapter_metadata
 from tnl.errors import MemoryBudgetError, ModelError, StorageError
+from tnl.evaluate import generation
 from tnl.generate.resolve import resolve
 from tnl.model.load import load_model
 from tnl.recipe.load import load
@@ -185,6 +186,32 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert weights(run) == weights(finished)
     steps = [line["step"] for line in callbacks.read_metrics(run.metrics) if "eval_loss" in line]
     assert steps == [2, 4, 6, 8, 10] and run.read_metadata()["best_step"] == finished.read_metadata()["best_step"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_signal_while_questions_are_asked(
+    finished: RunDir, recipe: Path, when: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, asked = generation.answer, [0]
+
+    def answer(*args: Any) -> list[str]:
+        asked[0] += 1
+        if asked[0] == (2 if when == "before" else 6):
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "answer", answer)
+        with pytest.raises(SystemExit) as caught:
+            training.run(recipe)
+    said, run = capsys.readouterr().out, RunDir(Path(load(recipe).train.output_dir))
+    assert caught.value.code == 130 and "asking 4 questions before training" in said
+    if when == "before":
+        assert asked[0] == 2 and "stopped before the first step; the same command starts again" in said and not checkpoints(run)
+    else:
+        assert asked[0] == 6 and "The same command finishes the run" in said and run.adapter.is_dir()
+    assert run.status in ("unfinished", "interrupted")
+    assert weights(training.run(recipe)) == weights(finished) and run.status == "finished"
 
 
 def test_a_checkpoint_is_asked_as_it_is_being_taught(base: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,22 +77,23 @@ def train(recipe: Recipe, memory: float | None, allow: Sequence[str] = ()) -> Ru
     model = lora.attach(loaded, recipe.lora, str(recipe.path), recipe.train.seed, say)
     show_table(model)
     work, _ = open_run(path, facts, allow)
-    with hold(work):
+    with hold(work), StopSignals() as stop:
         folder, notices = latest_valid(work)
         begin(work, recipe, folder, notices)
-        stop = StopSignals()
         live = callbacks.Live(console, settings.plain)
         watchers = [callbacks.Metrics(work.metrics), live]
         trainer = TnlTrainer(model, args, settings, rows, data.train, data.eval, watchers, stop.asked)
         rows.say = live.say
         trainer.about = describe_result(work, recipe, lora.is_adapted(model))
         trainer.preflight()
-        samples = sample_before(work, recipe, base, data, model, folder)
-        with stop, closing(live):
+        samples = sample_before(work, recipe, base, data, model, folder, stop)
+        if stop.requested:
+            stopped_early(work, folder, stop)
+        with closing(live):
             trainer.train(resume_from_checkpoint=None if folder is None else str(folder))
         if stop.requested:
             interrupted(work, trainer, stop)
-        finish(work, recipe, base, trainer, samples)
+        finish(work, recipe, base, trainer, samples, stop)
     return work
 
 
@@ -165,7 +166,7 @@ def begin(work: RunDir, recipe: Recipe, folder: Path | None, notices: Sequence[s
 
 
 def sample_before(
-    work: RunDir, recipe: Recipe, base: Base, data: Dataset, model: nn.Module, folder: Path | None
+    work: RunDir, recipe: Recipe, base: Base, data: Dataset, model: nn.Module, folder: Path | None, stop: StopSignals
 ) -> tuple[list[generation.Sample], list[list[int]]]:
     """Questions and the untrained model's answers; those of an interrupted run are kept."""
     samples, prompts = generation.choose(data.eval or data.train, base.tokenizer, TEMPLATES[recipe.data.template])
@@ -173,10 +174,30 @@ def sample_before(
     if [sample.question for sample in kept] == [sample.question for sample in samples] and folder is not None:
         return kept, prompts
     if folder is None:
-        answers = generation.answer(model, base.tokenizer, prompts, Sampling.of(recipe.generation.model_dump()), recipe.train.seed)
+        say(f"asking {len(prompts)} questions before training")
+        answers = ask(recipe, base, model, prompts, stop)
         samples = [replace(sample, before=text) for sample, text in zip(samples, answers)]
-        generation.write(samples, work.samples)
+        if not stop.requested:
+            generation.write(samples, work.samples)
     return samples, prompts
+
+
+def ask(recipe: Recipe, base: Base, model: nn.Module, prompts: Sequence[Sequence[int]], stop: StopSignals) -> list[str]:
+    """An answer a prompt; after a signal no further one is asked for."""
+    sampling, answers = Sampling.of(recipe.generation.model_dump()), list[str]()
+    for prompt in prompts:
+        if not stop.requested:
+            answers += generation.answer(model, base.tokenizer, [prompt], sampling, recipe.train.seed)
+    return answers
+
+
+def stopped_early(work: RunDir, folder: Path | None, stop: StopSignals) -> None:
+    """After a signal before training began."""
+    if folder is None:
+        say("stopped before the first step; the same command starts again")
+    else:
+        say(f"stopped; {folder.name} is as it was. Go on with: tnl resume {work.path}")
+    raise SystemExit(stop.exit_code)
 
 
 def interrupted(work: RunDir, trainer: TnlTrainer, stop: StopSignals) -> None:
@@ -187,8 +208,16 @@ def interrupted(work: RunDir, trainer: TnlTrainer, stop: StopSignals) -> None:
     raise SystemExit(stop.exit_code)
 
 
-def finish(work: RunDir, recipe: Recipe, base: Base, trainer: TnlTrainer, samples: tuple[list[generation.Sample], list[list[int]]]) -> None:
+def finish(
+    work: RunDir,
+    recipe: Recipe,
+    base: Base,
+    trainer: TnlTrainer,
+    samples: tuple[list[generation.Sample], list[list[int]]],
+    stop: StopSignals,
+) -> None:
     """Keep the best weights, save them, load them anew and compare, answer the questions again, draw the curve."""
+    stop.words = "the trained weights are saved first"
     best = trainer.load_best()
     lines = callbacks.read_metrics(work.metrics)
     if note := callbacks.overfitting(lines, best is not None):
@@ -196,7 +225,11 @@ def finish(work: RunDir, recipe: Recipe, base: Base, trainer: TnlTrainer, sample
     trainer.optimizer_mode("eval")
     folder = save(work, base, trainer.net, recipe.model.path, trainer.about)
     asked, prompts = samples
-    answers = generation.answer(trainer.net, base.tokenizer, prompts, Sampling.of(recipe.generation.model_dump()), recipe.train.seed)
+    answers = ask(recipe, base, trainer.net, prompts, stop)
+    if stop.requested:
+        work.update_metadata(status="interrupted")
+        say(f"stopped; training is done and saved in {folder}. The same command finishes the run")
+        raise SystemExit(stop.exit_code)
     asked = [replace(sample, after=text) for sample, text in zip(asked, answers)]
     generation.write(asked, work.samples)
     callbacks.draw(lines, work.plot)

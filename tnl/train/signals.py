@@ -18,6 +18,8 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.requested: int | None = None
+        self.words = "the step is finished and saved first"
+        """What happens before the process ends, for the person who asked it to."""
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -35,7 +37,7 @@ class StopSignals:
             sys.stderr.flush()
             os._exit(128 + number)
         self.requested = number
-        os.write(2, b"\nstopping: the step is finished and saved first (once more: at once)\n")
+        os.write(2, f"\nstopping: {self.words} (once more: at once)\n".encode())
 
     def asked(self) -> bool:
         """Whether to stop."""
