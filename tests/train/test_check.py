@@ -2,22 +2,25 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tnl.errors import MemoryBudgetError, ModelError
+from tnl.model import convert
 from tnl.train import check, plan
 
 
-def test_everything_is_shown_and_nothing_is_written(recipe: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (base / "model.safetensors").rename(base / "elsewhere")
+def test_everything_is_shown_and_nothing_is_written(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = sorted(recipe.parent.rglob("*"))
-    try:
-        check.run(recipe)
-    finally:
-        (base / "elsewhere").rename(base / "model.safetensors")
+    monkeypatch.setattr(convert, "tensors", lambda file: pytest.fail("a weight was read"))
+    check.run(recipe)
     said = capsys.readouterr().out
     assert sorted(recipe.parent.rglob("*")) == before
     assert "40 to train on, 4 held out" in said and "template" in said and "longest" in said
@@ -66,6 +69,47 @@ def test_mistakes_are_those_of_training(recipe: Path, monkeypatch: pytest.Monkey
         check.run(recipe)
     assert "does not fit" in capsys.readouterr().out
     assert torch.tensor(0).device.type == "cpu"  # the default device is as it was
+
+
+class Code:
+    """A pickle that would write a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.write_text, (self.file, "run")
+
+
+@pytest.mark.parametrize("flaw", ["missing", "code", "shape", "gone"])
+def test_a_base_that_cannot_be_loaded_is_refused(recipe: Path, base: Path, tmp_path: Path, flaw: str) -> None:
+    folder = shutil.copytree(base, tmp_path / "base")
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    name = "model.layers.0.mlp.l1.weight" if "model.layers.0.mlp.l1.weight" in weights else sorted(weights)[0]
+    file.unlink()
+    if flaw == "missing":
+        save_file({key: value for key, value in weights.items() if key != name}, file, metadata={"format": "pt"})
+    elif flaw == "shape":
+        save_file({**weights, name: torch.zeros(3, 5)}, file, metadata={"format": "pt"})
+    elif flaw == "code":
+        torch.save({**weights, "x": Code(tmp_path / "written")}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError) as caught:
+        check.run(recipe, [f"model.path={folder}"])
+    assert caught.value.exit_code == 4 and not (tmp_path / "written").exists() and not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_training_would_refuse_is_refused(recipe: Path, tmp_path: Path) -> None:
+    output = tmp_path / "taken"
+    output.mkdir()
+    (output / "thesis.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(ModelError, match=r"not of a run \(thesis\.txt\)"):
+        check.run(recipe, [f"train.output_dir={output}"])
+    (output / "thesis.txt").rename(output / "run.json")
+    (output / "run.json").write_text('{"status": "unfinished", "fingerprint": {"train.seed": 99}}', encoding="utf-8")
+    with pytest.raises(ModelError, match="holds another run"):
+        check.run(recipe, [f"train.output_dir={output}"])
+    assert (output / "run.json").read_text(encoding="utf-8").count("99") == 1
 
 
 def test_a_document_that_fits_nowhere_whole_is_shown_in_segments(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

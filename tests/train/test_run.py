@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from tnl.adapter.load import load_adapter, read_adapter_metadata
-from tnl.errors import MemoryBudgetError, ModelError, StorageError
+from tnl.errors import MemoryBudgetError, ModelError, StorageError, TnlError
 from tnl.evaluate import generation
 from tnl.generate.resolve import resolve
 from tnl.model.load import load_model
@@ -127,6 +128,15 @@ def test_another_run_in_the_same_folder_is_refused(finished: RunDir, base: Path,
     assert caught.value.exit_code == 4
     with pytest.raises(ModelError, match="not the folder of a run"):
         training.resume(tmp_path)
+
+
+def test_a_foreign_folder_is_refused_before_anything_is_read(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine", encoding="utf-8")
+    monkeypatch.setattr(training, "build", lambda *a, **k: pytest.fail("data was built"))
+    with pytest.raises(ModelError, match=r"not of a run \(thesis\.txt\)"):
+        training.run(recipe)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
 class Killed(Exception):
@@ -377,3 +387,29 @@ def test_every_kind_of_adapter_is_trained_saved_and_loaded(recipe: Path, base: P
     with torch.no_grad():
         torch.testing.assert_close(plain(input_ids=ids).logits, ours(input_ids=ids).logits)
         assert not torch.allclose(ours(input_ids=ids).logits, load_model(base, device="cpu")(input_ids=ids).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("lora", "target_modules", ["l9"]),
+        ("lora", "use_qalora", True),
+        ("train", "torch_compile", True),
+        ("train", "optim", "adamw_bnb_8bit"),
+    ],
+)
+def test_mistakes_are_said_with_line_and_column(
+    base: Path, records: Path, tmp_path: Path, section: str, key: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path, base, records)
+    sections = json.loads(recipe.read_text(encoding="utf-8"))
+    sections[section][key] = value
+    recipe.write_text(json.dumps(sections, ensure_ascii=False, indent=1), encoding="utf-8")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(TnlError) as caught:
+        training.run(recipe)
+    lines = recipe.read_text(encoding="utf-8").splitlines()
+    line = next(number for number, text in enumerate(lines, 1) if f'"{key}"' in text)
+    assert re.match(re.escape(f"{recipe}:line {line}, column ") + rf"\d+: {section}\.{key}: ", str(caught.value)), str(caught.value)
+    with pytest.raises(TnlError, match=rf"command line: {section}\.{key}: "):
+        training.run(write_recipe(tmp_path, base, records), [f"{section}.{key}={json.dumps(value)}"])

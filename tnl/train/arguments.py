@@ -15,6 +15,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 
 from tnl.errors import RecipeError
 from tnl.recipe.sections import NOT_TRANSFORMERS, TrainSection
+from tnl.train.places import Where, at
 
 REFUSED = {
     "fp16": "float16 overflows in this model's states and gives NaN. Take bf16: true, or leave it out",
@@ -71,8 +72,8 @@ class Settings:
     """Lines instead of a live display."""
 
 
-def build(section: TrainSection, where: str, run: Path, device: torch.device, measured: bool) -> tuple[TrainingArguments, Settings]:
-    """Translate the section. where: the recipe's file, for errors; measured: whether there are held-out records.
+def build(section: TrainSection, where: Where, run: Path, device: torch.device, measured: bool) -> tuple[TrainingArguments, Settings]:
+    """Translate the section. where: the recipe's file, or its `where`, for errors; measured: whether there are held-out records.
 
     Raises RecipeError for what cannot act here, or what transformers refuses.
     """
@@ -108,45 +109,51 @@ def build(section: TrainSection, where: str, run: Path, device: torch.device, me
         arguments = TrainingArguments(**fields)
     except (ValueError, TypeError, ImportError, NotImplementedError, RuntimeError) as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RecipeError(f"{where}:train", f"transformers refuses it: {said.rstrip('.')}", "Change that field.") from error
+        raise RecipeError(at(where, "train"), f"transformers refuses it: {said.rstrip('.')}", "Change that field.") from error
     check_trackers(list(arguments.report_to or []), where)
     # with several GPUs Trainer would wrap the model in DataParallel
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments, settings
 
 
-def check(given: dict[str, Any], where: str, measured: bool) -> None:
+def check(given: dict[str, Any], where: Where, measured: bool) -> None:
     """Refuse fields that would do nothing, or harm; their defaults may stand."""
     for name, why in REFUSED.items():
         if name in given and given[name] and given[name] != default_of(name):
             reason, _, todo = why.rpartition(". ")
-            raise RecipeError(f"{where}:train.{name}", f"cannot be used here: {reason}", todo)
+            raise RecipeError(at(where, f"train.{name}"), f"cannot be used here: {reason}", todo)
     if given.get("optim") in DURING_BACKWARD:
         what = f"{given['optim']} changes weights during the backward pass, before the numbers can be checked"
-        raise RecipeError(f"{where}:train.optim", what, "Take adamw_torch.")
+        raise RecipeError(at(where, "train.optim"), what, "Take adamw_torch.")
     if given.get("train_sampling_strategy") == "batch_rebalance":
-        raise RecipeError(f"{where}:train.train_sampling_strategy", "batch_rebalance balances several GPUs", "Take random.")
+        raise RecipeError(at(where, "train.train_sampling_strategy"), "batch_rebalance balances several GPUs", "Take random.")
     if given["lr_scheduler_type"] in ("reduce_lr_on_plateau", "greedy") and not measured:
-        raise RecipeError(f"{where}:train.lr_scheduler_type", f"{given['lr_scheduler_type']} needs held-out records", "Set data.eval.")
+        raise RecipeError(at(where, "train.lr_scheduler_type"), f"{given['lr_scheduler_type']} needs held-out records", "Set data.eval.")
     if given.get("save_strategy") == "best" and (not measured or given.get("eval_strategy") == "no"):
         raise RecipeError(
-            f"{where}:train.save_strategy", "best needs held-out records that are measured", "Set data.eval and eval_strategy."
+            at(where, "train.save_strategy"), "best needs held-out records that are measured", "Set data.eval and eval_strategy."
         )
     metric = given.get("metric_for_best_model") or "eval_loss"
     if metric.removeprefix("eval_") not in ("loss", "perplexity"):
         raise RecipeError(
-            f"{where}:train.metric_for_best_model", f'"{metric}" is not measured (there are eval_loss, eval_perplexity)', "Take eval_loss."
+            at(where, "train.metric_for_best_model"),
+            f'"{metric}" is not measured (there are eval_loss, eval_perplexity)',
+            "Take eval_loss.",
         )
 
 
-def check_trackers(wanted: list[str], where: str) -> None:
+def check_trackers(wanted: list[str], where: Where) -> None:
     """Every tracker must exist and be installed; Trainer would say so only after the model is loaded."""
     here = get_available_reporting_integrations()
     for name in wanted:
         if name not in INTEGRATION_TO_CALLBACK:
-            raise RecipeError(f"{where}:train.report_to", f'no tracker is called "{name}" (there are {", ".join(INTEGRATION_TO_CALLBACK)})')
+            raise RecipeError(
+                at(where, "train.report_to"), f'no tracker is called "{name}" (there are {", ".join(INTEGRATION_TO_CALLBACK)})'
+            )
         if name not in here:
-            raise RecipeError(f"{where}:train.report_to", f"{name} is not installed", f"Install it (pip install {name}), or leave it out.")
+            raise RecipeError(
+                at(where, "train.report_to"), f"{name} is not installed", f"Install it (pip install {name}), or leave it out."
+            )
 
 
 def default_of(name: str) -> Any:

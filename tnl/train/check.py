@@ -14,9 +14,12 @@ from rich.text import Text
 from tnl.data.build import Dataset, Report, build
 from tnl.errors import MemoryBudgetError
 from tnl.evaluate.perplexity import IGNORED, count_supervised
+from tnl.model.convert import HEAD, check_keys, headers, weight_files
+from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.recipe.load import Recipe, load
+from tnl.run_dir import open_run
 from tnl.train import arguments, calibrate, plan, segments
-from tnl.train.run import Base, prepare, show_table
+from tnl.train.run import Base, fingerprint_of, occupied, prepare, show_table
 
 console = Console(highlight=False, soft_wrap=True)
 LEARNED, READ = "bold green", "dim"
@@ -36,19 +39,32 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), *, memory: float | Non
     for line in recipe.notices:
         say(line)
     base = prepare(recipe)
+    check_weights(base)
+    output = Path(recipe.train.output_dir)
+    if occupied(output):
+        open_run(output, fingerprint_of(recipe, base))
     data = build(recipe.data, base.tokenizer, seed=recipe.train.seed)  # type: ignore[arg-type]
-    _, settings = arguments.build(recipe.train, str(recipe.path), Path(recipe.train.output_dir), base.device, bool(data.eval))
+    _, settings = arguments.build(recipe.train, recipe.where, Path(recipe.train.output_dir), base.device, bool(data.eval))
     show_statistics(data.report, recipe)
     for record in data.train[: TRANSCRIPT_RECORDS if data.report.speakers else 1]:
         show_record(record, base)
     say("")
     with torch.device("meta"):
-        model = plan.build(base.config, recipe.lora, base.dtype, "reference", str(recipe.path))
+        model = plan.build(base.config, recipe.lora, base.dtype, "reference", recipe.where)
     show_table(model)
     show_steps(data, recipe, settings)
     layout = show_memory(recipe, base, data, memory)
     if memory is None:
         show_time(recipe, base, data, layout, count_steps(data, recipe, settings) / per_epoch(data, settings))
+
+
+def check_weights(base: Base) -> None:
+    """Hold the names, shapes and dtypes of the base's weights against its config; no tensor is read. Raises ModelError."""
+    with torch.device("meta"):
+        bare = TransnormerForCausalLM(base.config)
+    expected = {name: tuple(value.shape) for name, value in bare.state_dict().items()}
+    found = {file: headers(file) for file in weight_files(base.folder)}
+    check_keys(base.folder, found, expected, optional={HEAD} if base.config.tie_word_embeddings else set())
 
 
 def say(line: str) -> None:

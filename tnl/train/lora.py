@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from tnl.errors import ModelError, RecipeError
 from tnl.recipe.sections import LoraSection
+from tnl.train.places import Where, at
 from tnl.train.step import seed_all, seed_of
 from tnl.train.targets import Adaptable, adaptable, match_patterns, resolve, shortest, unknown
 
@@ -50,10 +50,10 @@ class TableRow:
     parameters: int
 
 
-def attach(model: nn.Module, section: LoraSection | None, where: str, seed: int, say: Callable[[str], None]) -> nn.Module:
+def attach(model: nn.Module, section: LoraSection | None, where: Where, seed: int, say: Callable[[str], None]) -> nn.Module:
     """Return the model ready to train: a PeftModel with float32 adapters, or, with section None, every weight of it.
 
-    where: the recipe's file, for errors. seed: where the adapters' first weights start. say: takes lines for the person.
+    where: the recipe's file, or its `where`, for errors. seed: where the adapters' first weights start. say: takes lines for the person.
     Works on a model of the meta device too. Raises RecipeError for a field that cannot act, ModelError for a name that fits no module.
     """
     if section is None:
@@ -68,73 +68,73 @@ def attach(model: nn.Module, section: LoraSection | None, where: str, seed: int,
             warnings.simplefilter("ignore")
             peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)  # type: ignore[arg-type]
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        raise ModelError(f"{where}:lora", f"peft refuses it: {first_line(error)}", "Change that field, or leave it out.") from error
+        raise ModelError(at(where, "lora"), f"peft refuses it: {first_line(error)}", "Change that field, or leave it out.") from error
     return peft_model
 
 
-def make_config(model: nn.Module, section: LoraSection, where: str, say: Callable[[str], None]) -> LoraConfig:
+def make_config(model: nn.Module, section: LoraSection, where: Where, say: Callable[[str], None]) -> LoraConfig:
     """The LoraConfig, its names resolved to lists. Raises as attach."""
     fields = section.arguments()
     check_fields(fields, where)
     found = adaptable(model)
-    targets, notices = resolve(fields.pop("target_modules") or "all-linear", found, f"{where}:lora.target_modules")
+    targets, notices = resolve(fields.pop("target_modules") or "all-linear", found, at(where, "lora.target_modules"))
     for line in notices:
         say(line)
     if excluded := fields.get("exclude_modules"):
-        gone, _ = resolve(excluded, found, f"{where}:lora.exclude_modules")
+        gone, _ = resolve(excluded, found, at(where, "lora.exclude_modules"))
         targets = [name for name in targets if name not in set(gone)]
         del fields["exclude_modules"]  # what is left is listed: nothing remains to exclude
     targets = within_layers(targets, fields.pop("layers_to_transform", None), fields.pop("layers_pattern", None), where)
     if not targets:
-        raise ModelError(f"{where}:lora.target_modules", "no module is left to adapt", "Exclude less.")
+        raise ModelError(at(where, "lora.target_modules"), "no module is left to adapt", "Exclude less.")
     for name in ("rank_pattern", "alpha_pattern"):
         if fields.get(name):
-            fields[name] = resolve_pattern_keys(fields[name], targets, f"{where}:lora.{name}")
+            fields[name] = resolve_pattern_keys(fields[name], targets, at(where, f"lora.{name}"))
     check_saved(fields.get("modules_to_save"), model, found, where)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             config = LoraConfig(**fields, target_modules=shortest(targets, found), task_type="CAUSAL_LM")
     except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(f"{where}:lora", f"peft refuses it: {first_line(error)}", "Change that field, or leave it out.") from error
+        raise RecipeError(at(where, "lora"), f"peft refuses it: {first_line(error)}", "Change that field, or leave it out.") from error
     return config
 
 
-def check_fields(fields: dict[str, Any], where: str) -> None:
+def check_fields(fields: dict[str, Any], where: Where) -> None:
     """Refuse what cannot act, and drop what only describes a finished adapter."""
     for name in METADATA:
         fields.pop(name, None)
     task = fields.pop("task_type", None)
     if task not in (None, "CAUSAL_LM"):
-        raise RecipeError(f"{where}:lora.task_type", f'"{task}" is another kind of model (needed: CAUSAL_LM)', "Leave it out.")
+        raise RecipeError(at(where, "lora.task_type"), f'"{task}" is another kind of model (needed: CAUSAL_LM)', "Leave it out.")
     for name, why in REFUSED.items():
         if fields.pop(name, None):
-            raise RecipeError(f"{where}:lora.{name}", f"cannot be used here: {why}", "Leave it out.")
+            raise RecipeError(at(where, f"lora.{name}"), f"cannot be used here: {why}", "Leave it out.")
     init = fields.get("init_lora_weights", True)
     if init not in INITS:
         why = "other ways change the base or need data beforehand, so that the saved adapter would not fit the published base"
         raise RecipeError(
-            f"{where}:lora.init_lora_weights", f'"{init}" cannot be used here: {why}', "Take true, false, gaussian or orthogonal."
+            at(where, "lora.init_lora_weights"), f'"{init}" cannot be used here: {why}', "Take true, false, gaussian or orthogonal."
         )
 
 
-def within_layers(targets: list[str], layers: int | list[int] | None, pattern: str | list[str] | None, where: str) -> list[str]:
+def within_layers(targets: list[str], layers: int | list[int] | None, pattern: str | list[str] | None, where: Where) -> list[str]:
     """The targets that lie in the layers asked for; pattern names the module list that is counted (layers)."""
     if layers is None:
         if pattern:
-            raise RecipeError(f"{where}:lora.layers_pattern", "needs layers_to_transform beside it", "Give both, or neither.")
+            raise RecipeError(at(where, "lora.layers_pattern"), "needs layers_to_transform beside it", "Give both, or neither.")
         return targets
     wanted = {layers} if isinstance(layers, int) else set(layers)
     lists = [pattern] if isinstance(pattern, str) else pattern or [r"\w+"]
     if not all(re.fullmatch(r"\w+|\\w\+", word) for word in lists):
-        raise RecipeError(f"{where}:lora.layers_pattern", "is not the name of a list of layers (in this model: layers)", "Leave it out.")
+        raise RecipeError(at(where, "lora.layers_pattern"), "is not the name of a list of layers (in this model: layers)", "Leave it out.")
     indices = {name: re.search(rf"(?:^|\.)(?:{'|'.join(lists)})\.(\d+)(?:\.|$)", name) for name in targets}
     there = {int(match.group(1)) for match in indices.values() if match}
     missing = sorted(wanted - there)
     if missing:
         count = max(there, default=-1) + 1
         what = f"there is no layer {missing[0]} (this model's are 0 to {count - 1})" if there else "no target lies in a numbered layer"
-        raise ModelError(f"{where}:lora.layers_to_transform", what, "Name layers that exist.")
+        raise ModelError(at(where, "lora.layers_to_transform"), what, "Name layers that exist.")
     return [name for name, match in indices.items() if match and int(match.group(1)) in wanted]
 
 
@@ -156,12 +156,12 @@ def resolve_pattern_keys(patterns: dict[str, Any], targets: list[str], where: st
     return resolved
 
 
-def check_saved(wanted: list[str] | None, model: nn.Module, found: Adaptable, where: str) -> None:
+def check_saved(wanted: list[str] | None, model: nn.Module, found: Adaptable, where: Where) -> None:
     """Every name in modules_to_save must be a module's."""
     everything = [name for name, _ in model.named_modules()]
     for word in wanted or []:
         if not any(name == word or name.endswith(f".{word}") for name in everything):
-            raise unknown(word, found, f"{where}:lora.modules_to_save")
+            raise unknown(word, found, at(where, "lora.modules_to_save"))
 
 
 def table(model: nn.Module) -> list[TableRow]:
@@ -207,12 +207,3 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Trainable and all parameters; a tied weight counts once."""
     every = list(model.parameters())
     return sum(p.numel() for p in every if p.requires_grad), sum(p.numel() for p in every)
-
-
-def largest_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of most of the frozen weights."""
-    sizes: dict[torch.dtype, int] = {}
-    for p in model.parameters():
-        if not p.requires_grad or not is_adapted(model):
-            sizes[p.dtype] = sizes.get(p.dtype, 0) + p.numel()
-    return max(sizes, key=lambda dtype: sizes[dtype])

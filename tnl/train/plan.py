@@ -28,6 +28,7 @@ from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.recipe.sections import LoraSection, TrainSection
 from tnl.train import lora
+from tnl.train.places import Where
 from tnl.train.step import Rows, enable_checkpointing, forward_backward
 
 GIB = 1024**3
@@ -212,7 +213,7 @@ def make(
     dtype: torch.dtype,
     device: torch.device,
     optimizer: str = "adamw_torch",
-    where: str = "recipe",
+    where: Where = "recipe",
     backend: str = "auto",
 ) -> Plan:
     """The plan of a model of this config with this LoRA on this device: exact for weights, traced for activations.
@@ -228,7 +229,7 @@ def make(
     return Plan(frozen, trained, OPTIMIZER_STATES.get(optimizer, 2), traces, overhead)
 
 
-def build(config: TransnormerConfig, section: LoraSection | None, dtype: torch.dtype, backend: str, where: str = "recipe") -> nn.Module:
+def build(config: TransnormerConfig, section: LoraSection | None, dtype: torch.dtype, backend: str, where: Where = "recipe") -> nn.Module:
     """A model with its adapters on the default device; no weight is read."""
     model: Any = TransnormerForCausalLM(config).to(dtype)  # type: ignore[arg-type]
     model.model.pick_kernels(backend)

@@ -30,7 +30,7 @@ from tnl.model.load import load_model, load_tokenizer, pick_device
 from tnl.model.tokenization_baichuan import BaiChuanTokenizer
 from tnl.recipe.load import Recipe, dump, load
 from tnl.run_dir import RunDir, fingerprint, hold, latest_valid, open_run
-from tnl.storage import staged
+from tnl.storage import staged, storage
 from tnl.train import arguments, callbacks, checkpoint, lora, plan, segments
 from tnl.train.signals import StopSignals
 from tnl.train.step import Rows
@@ -66,15 +66,16 @@ def train(recipe: Recipe, memory: float | None, allow: Sequence[str] = ()) -> Ru
     base = prepare(recipe, memory)
     path = Path(recipe.train.output_dir)
     facts = fingerprint_of(recipe, base)
-    if RunDir(path).read_metadata() and open_run(path, facts, allow)[1] == "finished":
+    # no folder is made before there is something to put into it
+    if occupied(path) and open_run(path, facts, allow)[1] == "finished":
         say(f"{path}: this run is finished: tnl chat {path}")
         return RunDir(path)
     data = build(recipe.data, base.tokenizer, seed=recipe.train.seed)  # type: ignore[arg-type]
     show_data(data)
-    args, settings = arguments.build(recipe.train, str(recipe.path), path, base.device, bool(data.eval))
+    args, settings = arguments.build(recipe.train, recipe.where, path, base.device, bool(data.eval))
     rows = plan_rows(recipe, base, data, memory)
     loaded = load_model(base.folder, dtype=base.dtype, device=base.device, backend=recipe.model.backend)
-    model = lora.attach(loaded, recipe.lora, str(recipe.path), recipe.train.seed, say)
+    model = lora.attach(loaded, recipe.lora, recipe.where, recipe.train.seed, say)
     show_table(model)
     work, _ = open_run(path, facts, allow)
     with hold(work), StopSignals() as stop:
@@ -84,6 +85,7 @@ def train(recipe: Recipe, memory: float | None, allow: Sequence[str] = ()) -> Ru
         watchers = [callbacks.Metrics(work.metrics), live]
         trainer = TnlTrainer(model, args, settings, rows, data.train, data.eval, watchers, stop.asked)
         rows.say = live.say
+        trainer.where = recipe.where
         trainer.about = describe_result(work, recipe, lora.is_adapted(model))
         trainer.preflight()
         samples = sample_before(work, recipe, base, data, model, folder, stop)
@@ -95,6 +97,12 @@ def train(recipe: Recipe, memory: float | None, allow: Sequence[str] = ()) -> Ru
             interrupted(work, trainer, stop)
         finish(work, recipe, base, trainer, samples, stop)
     return work
+
+
+def occupied(path: Path) -> bool:
+    """Whether anything lies where the run is to be written: a run of its own, or what open_run refuses."""
+    with storage(path):
+        return path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir())
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,7 @@ def fingerprint_of(recipe: Recipe, base: Base) -> dict[str, Any]:
 def plan_rows(recipe: Recipe, base: Base, data: Dataset, memory: float | None) -> Rows:
     """Rows that fit this machine, said in one line. Raises MemoryBudgetError before any weight is loaded."""
     longest = max(len(record["input_ids"]) for record in [*data.train, *data.eval])
-    needs = plan.make(base.config, recipe.lora, base.dtype, base.device, recipe.train.optim, str(recipe.path), recipe.model.backend)
+    needs = plan.make(base.config, recipe.lora, base.dtype, base.device, recipe.train.optim, recipe.where, recipe.model.backend)
     layout = segments.lay_out(needs, base.config, base.device, plan.here(base.device, memory), longest, recipe.train)
     choice = layout.choice
     budget = plan.require(needs, choice, longest)

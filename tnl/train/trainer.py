@@ -22,6 +22,7 @@ from tnl.train.arguments import Settings
 from tnl.train.guard import Guard
 from tnl.train.lora import count_parameters
 from tnl.train.order import Batch, StepSampler
+from tnl.train.places import Where, at
 from tnl.train.step import Rows, seed_all, seed_of, step
 
 Record = dict[str, Any]
@@ -81,6 +82,7 @@ class TnlTrainer(Trainer):
         self.pending_evaluation = False
         self.saved_step: int | None = None
         self.resumed: dict[str, Any] = {}
+        self.where: Where = ""
         self.about: Metadata | None = None
         """What every checkpoint says of itself (tnl.json), so that it can be asked as it is being taught."""
         self.clock = Clock()
@@ -94,7 +96,7 @@ class TnlTrainer(Trainer):
         sampler = StepSampler(lengths, size, seed, args.train_sampling_strategy, args.dataloader_drop_last)
         if not len(sampler):
             what = f"leaves no step ({len(lengths)} records to train on, {size} a step)"
-            raise RecipeError("train.dataloader_drop_last", what, "Leave it out.")
+            raise RecipeError(at(self.where, "train.dataloader_drop_last"), what, "Leave it out.")
         return DataLoader(
             self.train_records,  # type: ignore[arg-type]
             batch_sampler=sampler,
@@ -154,17 +156,17 @@ class TnlTrainer(Trainer):
         try:
             return super().create_optimizer(model)
         except (ImportError, ValueError, TypeError, RuntimeError) as error:
-            raise recipe_error("train.optim", error) from error
+            raise recipe_error(at(self.where, "train.optim"), error) from error
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         warmup = self.args.get_warmup_steps(num_training_steps)
         if warmup > num_training_steps:
             what = f"the warm-up is longer than the run ({warmup} steps; the run has {num_training_steps})"
-            raise RecipeError("train.warmup_steps", what, "Lower it; a value below 1 is a share of all steps.")
+            raise RecipeError(at(self.where, "train.warmup_steps"), what, "Lower it; a value below 1 is a share of all steps.")
         try:
             return super().create_scheduler(num_training_steps, optimizer)
         except (ValueError, TypeError) as error:
-            raise recipe_error("train.lr_scheduler_kwargs", error) from error
+            raise recipe_error(at(self.where, "train.lr_scheduler_kwargs"), error) from error
 
     def floating_point_ops(self, inputs: Batch) -> int:  # type: ignore[override]
         return self.operations_a_token * inputs.tokens
