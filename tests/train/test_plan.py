@@ -121,3 +121,7 @@ def test_this_machine_has_memory() -> None:
 def test_one_line_for_the_person(seven: plan.Plan) -> None:
     line = plan.words(seven, plan.choose(seven, 22.5 * plan.GIB, 384, True, 4096))
     assert "rows of at most 4,096 tokens, every layer recomputed" in line and "of 22.5 GiB" in line
+
+
+def test_the_largest_rank_is_planned_for() -> None:
+    assert plan.everywhere(LoraSection(r=4, rank_pattern={"l1": 64, "l2": 2})).r == 64 and plan.everywhere(LoraSection(r=4)).r == 4

@@ -272,8 +272,9 @@ def everywhere(section: LoraSection) -> LoraSection:
     """The section without what names single layers, which a shallow model may not have: never less memory."""
     wanted = section.target_modules
     named = isinstance(wanted, list) and not any("." in word for word in wanted)
-    changes = {"target_modules": wanted if named else "all-linear"}
+    changes: dict[str, Any] = {"target_modules": wanted if named else "all-linear"}
     kept = {name: value for name, value in section.arguments().items() if name not in LAYERWISE}
+    changes["r"] = max([section.r, *(section.arguments().get("rank_pattern") or {}).values()])
     return LoraSection(**{**kept, **changes})
 
 
