@@ -137,13 +137,12 @@ def serve(
     merge: Annotated[bool, typer.Option(help="Merge a single adapter into its base; --no-merge serves both.")] = True,
     api_key: Annotated[str | None, typer.Option(envvar="TNL_API_KEY", help="Whoever asks must give it.")] = None,
     slots: Annotated[int | None, typer.Option(min=1, help="Answers that run at a time.")] = None,
-    queue: Annotated[int | None, typer.Option(min=0, help="Requests that may wait.")] = None,
     **options: Any,
 ) -> None:
     """Answer OpenAI's API over HTTP: many conversations at a time, memory that does not grow."""
     if runs is None and Path("output").is_dir():
         runs = Path("output")
-    own = {"adapters": adapters, "runs": runs, "merge": merge, "api_key": api_key, "slots": slots, "queue": queue}
+    own = {"adapters": adapters, "runs": runs, "merge": merge, "api_key": api_key, "slots": slots}
     _call("serve", model_or_run, host, port, **own, **options)
 
 
