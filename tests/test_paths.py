@@ -66,6 +66,8 @@ def test_the_first_part_that_is_missing_is_named(tmp_path: Path) -> None:
     assert paths.missing(tmp_path / "dataset/huanhuan.json/x")[0] == f"{tmp_path}/dataset/huanhuan.json is a file, not a folder"
     (tmp_path / "empty").mkdir()
     assert "is empty" in paths.missing(tmp_path / "empty/x")[0]
+    assert paths.missing(tmp_path / "empty/x", named=True)[0] == f"no such folder ({tmp_path}/empty is empty)"
+    assert paths.missing(tmp_path / "empty/x/y", named=True)[0] == f"no such folder: {tmp_path}/empty/x ({tmp_path}/empty is empty)"
 
 
 def test_nearest() -> None:

@@ -60,5 +60,6 @@ class MemoryBudgetError(TnlError):
 
 def one_line(what: str, todo: str = "") -> str:
     """Join what is wrong and what to do into one sentence pair on one line, control characters made visible."""
-    sentence = what.rstrip().rstrip(".") + "." + (f" {todo.strip()}" if todo else "")
+    ends = (todo.strip().rstrip(".") + ("" if todo.rstrip().endswith(("?", "!", "...")) else ".")) if todo.strip() else ""
+    sentence = f"{what.rstrip().rstrip('.')}. {ends}".rstrip()
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in sentence)

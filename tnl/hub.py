@@ -43,8 +43,7 @@ def resolve(path: str, hub: Hub = "huggingface", revision: str | None = None) ->
     except KeyError as error:
         raise ModelError(path, f"${error.args[0]} is not set", "Set it, or write the path out.") from None
     if not folder.exists():
-        what, todo = paths.missing(folder)
-        raise ModelError(path, what, todo)
+        raise ModelError(path, *paths.missing(folder, named=True))
     if not folder.is_dir():
         raise ModelError(path, "is a file (needed: the model's folder)", f"Name {folder.parent}.")
     return folder
@@ -141,14 +140,19 @@ def _modelscope(repo: str, revision: str | None, out: Path | None) -> Path:
 def _absent(repo: str, hub: str, other: str) -> ModelError:
     beside = ", ".join(sorted(entry.name for entry in Path.cwd().iterdir() if entry.is_dir() and not entry.name.startswith("."))[:5])
     local = f"; this folder has {beside}" if beside else ""
-    return ModelError(repo, f"no such folder here and no such repository on {hub}{local}", f"Check the name, or try --hub {other}.")
+    return ModelError(repo, f"no such folder here and no such repository on {hub}{local}", f"Check the name, or try {_other(other)}.")
+
+
+def _other(hub: str) -> str:
+    """Name another hub as each caller can: chat, generate and serve fetch from huggingface, or take the folder that download printed."""
+    return f"{hub} (model.hub: {hub} in a recipe, else tnl download REPO --hub {hub} and the folder it prints)"
 
 
 def _unreachable(repo: str, hub: str, error: BaseException) -> ModelError:
     reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-    todo = "Try again (what was fetched is kept), set HF_ENDPOINT to a mirror, use --hub modelscope, or name a local folder."
-    if hub == "modelscope":
-        todo = "Try again (what was fetched is kept), use --hub huggingface, or name a local folder."
+    mirror = "set HF_ENDPOINT to a mirror, " if hub == "huggingface" else ""
+    other = _other("modelscope" if hub == "huggingface" else "huggingface")
+    todo = f"Try again (what was fetched is kept), {mirror}try {other}, or name a local folder."
     return ModelError(repo, f"{hub} could not be reached ({reason})", todo)
 
 

@@ -48,8 +48,11 @@ def nearest(name: str, names: list[str]) -> str | None:
     return lowered[close[0]] if close else None
 
 
-def missing(path: Path) -> tuple[str, str]:
-    """Say which part of a path does not exist and what stands in its place: (what is wrong, what to do)."""
+def missing(path: Path, *, named: bool = False) -> tuple[str, str]:
+    """Say which part of a path does not exist and what stands in its place: (what is wrong, what to do).
+
+    named: the error begins with the path itself, so it is not said again.
+    """
     present = path
     while not present.exists() and present != present.parent:
         absent, present = present, present.parent
@@ -61,7 +64,9 @@ def missing(path: Path) -> tuple[str, str]:
     except OSError:
         siblings = []
     near = nearest(absent.name, siblings)
-    what = f"no such {kind if absent == path else 'folder'}: {absent}"
+    what = f"no such {kind if absent == path else 'folder'}"
+    if not named or absent != path:
+        what += f": {absent}"
     if near:
         differs = " (only the case differs)" if near.lower() == absent.name.lower() else ""
         return what, f"Did you mean {present / near}{differs}?"

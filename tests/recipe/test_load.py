@@ -252,7 +252,7 @@ def test_what_is_no_recipe_is_refused_in_one_line(text: bytes, parts: tuple[str,
 
 def test_a_missing_recipe_names_its_neighbour(tmp_path: Path) -> None:
     write(SMALL, "huanhuan-7b.yaml")
-    with pytest.raises(RecipeError, match=r"huanhuan-7b\.yml: no such file: .*Did you mean .*huanhuan-7b\.yaml\?"):
+    with pytest.raises(RecipeError, match=r"^huanhuan-7b\.yml: no such file\. Did you mean .*huanhuan-7b\.yaml\?"):
         load("huanhuan-7b.yml")
     with pytest.raises(RecipeError, match=r"no such folder: .*recipe/\S*\. Did you mean .*recipes\?|no such folder"):
         load("recipe/huanhuan-7b.yaml")

@@ -146,7 +146,7 @@ def check_encoding(path: Path, encoding: str | None) -> None:
     if not wide and (bom or b"\0" in head):
         looks = f"starts with the byte-order mark of {bom}" if bom else "looks like UTF-16 or a binary file: byte 0 occurs"
         name = (bom or "UTF-16").lower()
-        raise DataError(path, f"is not UTF-8 ({looks})", f"Set data.encoding: {name}, or convert it: iconv -f {name} -t utf-8.")
+        raise DataError(path, f"is not UTF-8 ({looks})", f"Set data.encoding: {name}, or convert it: iconv -f {name} -t utf-8 {path.name}.")
     if not wide and not codec.startswith("utf-8") and not is_ascii(path) and first_bad_byte(path, "utf-8") is None:
         raise DataError(path, f"is valid UTF-8, though data.encoding says {encoding}", "Remove data.encoding, or convert the other files.")
     bad = first_bad_byte(path, codec)
@@ -186,7 +186,7 @@ def not_in(path: Path, encoding: str | None, bad: tuple[int, int, int]) -> tuple
     if first_bad_byte(path, "gb18030") is None and (han := HAN.search(near.decode("gb18030", "ignore"))):
         todo = f"Set data.encoding: gb18030, or convert it: iconv -f gb18030 -t utf-8 {path.name}."
         return f'is not UTF-8 ({found}; it looks like GB18030: "{han.group()[:12]}")', todo
-    return f"is not UTF-8 ({found})", "Convert it with iconv -t utf-8 -f and its encoding, or name that in data.encoding."
+    return f"is not UTF-8 ({found})", f"Name its encoding in data.encoding, or convert it: iconv -f ENCODING -t utf-8 {path.name}."
 
 
 def is_ascii(path: Path) -> bool:

@@ -85,8 +85,7 @@ def dumps(recipe: Recipe) -> str:
 
 def _read(path: Path) -> str:
     if not path.exists():
-        what, todo = paths.missing(paths.absolute(str(path)))
-        raise RecipeError(path, what, todo)
+        raise RecipeError(path, *paths.missing(paths.absolute(str(path)), named=True))
     if not path.is_file():
         raise RecipeError(path, "not a file (needed: a recipe, a YAML file)", "Name the recipe itself.")
     try:
