@@ -174,6 +174,9 @@ def test_generate_hands_on_prompt_and_file(target: Callable[..., list[Any]]) -> 
         (["chat", "x", "--top-p", "2"], "command line: invalid value for '--top-p'"),
         (["chat", "x", "--seed"], "command line: option '--seed' requires an argument"),
         (["train", "r.yaml", "--learning-rate", "1"], "replaced by words without dashes: train.learning_rate=VALUE"),
+        (["train", "r.yaml", "--batch_size", "4"], "without dashes: train.per_device_train_batch_size=VALUE"),
+        (["train", "r.yaml", "--lr", "1"], "without dashes: train.learning_rate=VALUE"),
+        (["train", "r.yaml", "--evaluation-strategy", "no"], "without dashes: train.eval_strategy=VALUE"),
         (["merge", "a", "b", "c"], "command line: got unexpected extra argument"),
         (["train", "none.yaml"], "none.yaml: no such file"),
     ],
@@ -194,9 +197,9 @@ def test_a_mistake_is_one_line_and_exit_2(arguments: list[str], said: str, capsy
         (NumbersError("", "the loss is nan"), 5, "error: the loss is nan.\n"),
         (StorageError("/x", "full"), 6, "error: /x: full.\n"),
         (MemoryBudgetError("", "too much"), 7, "error: too much.\n"),
-        (MemoryError(), 7, "error: out of memory. Use a smaller"),
+        (MemoryError(), 7, "error: tnl resume: out of memory. Use a smaller"),
         (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 6, "error: /x/y: No space left on device. Free"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
         (SystemExit(143), 143, ""),
         (
             KeyError("weight"),
@@ -217,6 +220,38 @@ def test_exit_codes(
     assert main("resume", "x") == code
     captured = capsys.readouterr()
     assert captured.err.startswith(said) and "Traceback" not in captured.err and captured.err.count("\n") <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "helps"),
+    [
+        (["chat", "x"], "--device cpu or a smaller model"),
+        (["generate", "x", "train"], "--device cpu or a smaller model"),
+        (["merge", "a", "b"], "--dtype bfloat16"),
+        (["download", "a/b"], "what was fetched is kept"),
+    ],
+)
+def test_out_of_memory_says_what_helps_this_command(
+    arguments: list[str], helps: str, target: Callable[..., list[Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*given: Any, **options: Any) -> None:
+        raise MemoryError
+
+    target(fail)
+    assert main(*arguments) == 7
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: tnl {arguments[0]}: out of memory. ") and helps in said and "batch_size" not in said
+    assert set(cli.LESS_MEMORY) == set(cli.TARGETS)
+
+
+def test_an_interrupt_after_words_of_its_own_says_no_more(target: Callable[..., list[Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(*given: Any, **options: Any) -> None:
+        print("saved")
+        raise KeyboardInterrupt
+
+    target(stop)
+    assert main("resume", "x") == 130
+    assert capsys.readouterr() == ("saved\n", "")
 
 
 @pytest.mark.parametrize("arguments", [["--debug", "resume", "x"], ["resume", "x", "--debug"]])

@@ -29,6 +29,16 @@ TARGETS = {
     "download": "tnl.hub:run",
     "demo": "tnl.train.demo:run",
 }
+SMALLER_STEP = "Use a smaller train.per_device_train_batch_size or data.max_length."
+SMALLER_MODEL = "Use --dtype bfloat16, --device cpu or a smaller model."
+LESS_MEMORY = {
+    **dict.fromkeys(("train", "resume", "check", "evaluate", "demo"), SMALLER_STEP),
+    **dict.fromkeys(("chat", "generate"), SMALLER_MODEL),
+    "serve": SMALLER_MODEL.replace("or a smaller model", "a smaller model, or fewer --slots"),
+    "merge": "Use --dtype bfloat16, or a machine with more memory: the whole model must fit.",
+    "download": "End other programs, then repeat: what was fetched is kept.",
+}
+"""What helps where memory ends outside a training step, which has its own advice."""
 STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.EFBIG}
 
 app = typer.Typer(
@@ -58,12 +68,20 @@ TALK: dict[str, tuple[Any, Any]] = {
     "dtype": (Annotated[str, typer.Option(help="auto, bfloat16 or float32.")], "auto"),
 }
 """What chat, generate and serve have in common: name -> (type and help, default)."""
+LIMITS: dict[str, tuple[Any, Any]] = {
+    "slots": (Annotated[int | None, typer.Option(min=1, help="Answers that run at a time.")], None),
+    "queue": (Annotated[int | None, typer.Option(min=0, help="Requests that may wait.")], None),
+}
+"""What serve has beside them, and hands on as it is."""
 
 
 def _talks(command: Decorated) -> Decorated:
-    """Replace a command's **options by those of TALK."""
+    """Replace a command's **options by those of TALK, serve's by LIMITS as well."""
+    table = {**(LIMITS if command.__name__ == "serve" else {}), **TALK}
     own = [parameter for parameter in inspect.signature(command).parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
-    shared = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=TALK[name][1], annotation=TALK[name][0]) for name in TALK]
+    shared = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind) for name, (kind, default) in table.items()
+    ]
     command.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *shared]}
     return command
@@ -136,13 +154,12 @@ def serve(
     ] = None,
     merge: Annotated[bool, typer.Option(help="Merge a single adapter into its base; --no-merge serves both.")] = True,
     api_key: Annotated[str | None, typer.Option(envvar="TNL_API_KEY", help="Whoever asks must give it.")] = None,
-    slots: Annotated[int | None, typer.Option(min=1, help="Answers that run at a time.")] = None,
     **options: Any,
 ) -> None:
     """Answer OpenAI's API over HTTP: many conversations at a time, memory that does not grow."""
     if runs is None and Path("output").is_dir():
         runs = Path("output")
-    own = {"adapters": adapters, "runs": runs, "merge": merge, "api_key": api_key, "slots": slots}
+    own = {"adapters": adapters, "runs": runs, "merge": merge, "api_key": api_key}
     _call("serve", model_or_run, host, port, **own, **options)
 
 
@@ -210,6 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace" if stream is sys.stdin else "backslashreplace")
     signal.signal(signal.SIGTERM, _stop)
+    said = [_listen(stream) for stream in (sys.stdout, sys.stderr)]
     try:
         _check_folder()
         code = app([*(word for word in options if word != "--debug"), *given[len(options) :]], prog_name="tnl", standalone_mode=False)
@@ -220,7 +238,9 @@ def main(arguments: list[str] | None = None) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # type: ignore[union-attr]
             code = 141
         else:
-            code = report(error, debug)
+            code = report(error, debug, next((word for word in options if word in TARGETS), ""))
+    if code == 130 and not any(said):  # typer makes a code of KeyboardInterrupt
+        print("interrupted", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -231,19 +251,33 @@ def _check_folder() -> None:
         raise StorageError("", "the current folder has been deleted", "Go to one that exists.") from None
 
 
-def report(error: BaseException, debug: bool) -> int:
+def _listen(stream: Any) -> list[bool]:
+    """Return a list that is filled with the first text that is written to a stream."""
+    heard: list[bool] = []
+    write = stream.write
+
+    def listening(text: str) -> Any:
+        stream.write = write
+        heard.append(True)
+        return write(text)
+
+    stream.write = listening
+    return heard
+
+
+def report(error: BaseException, debug: bool, command: str = "") -> int:
     """Print one line on stderr for what went wrong, the traceback with debug; return the exit code."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 0
     if debug:
         traceback.print_exception(error)
-    code, line = _explain(error)
+    code, line = _explain(error, command)
     if line:
         print(line, file=sys.stderr)
     return code
 
 
-def _explain(error: BaseException) -> tuple[int, str]:
+def _explain(error: BaseException, command: str) -> tuple[int, str]:
     if isinstance(error, TnlError):
         return error.exit_code, f"error: {error}"
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
@@ -251,7 +285,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
     if hasattr(error, "format_message"):
         return 2, _usage(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return 7, _line("out of memory", "Use a smaller train.per_device_train_batch_size or data.max_length.")
+        return 7, _line(f"tnl {command}: out of memory", LESS_MEMORY.get(command, "End other programs, then repeat."))
     if isinstance(error, OSError) and error.errno in STORAGE:
         where = f"{error.filename}: " if error.filename else ""
         return 6, _line(f"{where}{error.strerror}", "Free or choose another place, then repeat.")
@@ -275,10 +309,10 @@ def _usage(error: Any) -> str:
         message = f"no option is called {error.option_name}"
         near = paths.nearest(error.option_name, list(error.possibilities or []))
         keys = _recipe_keys(error.option_name.strip("-").replace("-", "_"))
-        if near:
-            todo = f"Did you mean {near}?"
-        elif keys and context and context.info_name in ("train", "check", "evaluate"):
+        if keys and context and context.info_name in ("train", "check", "evaluate"):
             todo = f"A recipe's values are replaced by words without dashes: {keys[0]}=VALUE."
+        elif near:
+            todo = f"Did you mean {near}?"
     elif message.startswith("No such command '"):
         word = message.split("'")[1]
         near = paths.nearest(word, list(TARGETS))
@@ -289,8 +323,12 @@ def _usage(error: Any) -> str:
 
 def _recipe_keys(name: str) -> list[str]:
     # pydantic classes: only a mistake pays for them
+    from tnl.recipe.old_names import RENAMED, SYNONYMS
     from tnl.recipe.sections import SECTIONS
 
+    if name in SYNONYMS:
+        return [SYNONYMS[name]]
+    name = RENAMED.get(name, name)
     return [f"{section}.{name}" for section, model in SECTIONS.items() if name in model.model_fields]
 
 
