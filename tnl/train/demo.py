@@ -40,7 +40,7 @@ from tnl.train.callbacks import read_metrics
 LONGEST_NAME = 20
 READ_TOKENS = 100_000
 AFTER_READING = "after_reading.jsonl"
-PASSAGE = (100, 1000)
+PASSAGE = (100, 1500)
 """Characters."""
 SYSTEM = "你是茶馆里的说书人。"
 BARS = "▁▂▃▄▅▆▇█"
