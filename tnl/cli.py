@@ -68,20 +68,12 @@ TALK: dict[str, tuple[Any, Any]] = {
     "dtype": (Annotated[str, typer.Option(help="auto, bfloat16 or float32.")], "auto"),
 }
 """What chat, generate and serve have in common: name -> (type and help, default)."""
-LIMITS: dict[str, tuple[Any, Any]] = {
-    "slots": (Annotated[int | None, typer.Option(min=1, help="Answers that run at a time.")], None),
-    "queue": (Annotated[int | None, typer.Option(min=0, help="Requests that may wait.")], None),
-}
-"""What serve has beside them, and hands on as it is."""
 
 
 def _talks(command: Decorated) -> Decorated:
-    """Replace a command's **options by those of TALK, serve's by LIMITS as well."""
-    table = {**(LIMITS if command.__name__ == "serve" else {}), **TALK}
+    """Replace a command's **options by those of TALK."""
     own = [parameter for parameter in inspect.signature(command).parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
-    shared = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind) for name, (kind, default) in table.items()
-    ]
+    shared = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=TALK[name][1], annotation=TALK[name][0]) for name in TALK]
     command.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *shared]}
     return command
@@ -154,12 +146,13 @@ def serve(
     ] = None,
     merge: Annotated[bool, typer.Option(help="Merge a single adapter into its base; --no-merge serves both.")] = True,
     api_key: Annotated[str | None, typer.Option(envvar="TNL_API_KEY", help="Whoever asks must give it.")] = None,
+    slots: Annotated[int | None, typer.Option(min=1, help="Answers that run at a time.")] = None,
     **options: Any,
 ) -> None:
     """Answer OpenAI's API over HTTP: many conversations at a time, memory that does not grow."""
     if runs is None and Path("output").is_dir():
         runs = Path("output")
-    own = {"adapters": adapters, "runs": runs, "merge": merge, "api_key": api_key}
+    own = {"adapters": adapters, "runs": runs, "merge": merge, "api_key": api_key, "slots": slots}
     _call("serve", model_or_run, host, port, **own, **options)
 
 
