@@ -40,7 +40,7 @@ from tnl.train.callbacks import read_metrics
 LONGEST_NAME = 20
 READ_TOKENS = 100_000
 AFTER_READING = "after_reading.jsonl"
-PASSAGE = (100, 1500)
+PASSAGE = (100, 1000)
 """Characters."""
 SYSTEM = "你是茶馆里的说书人。"
 BARS = "▁▂▃▄▅▆▇█"
@@ -127,7 +127,8 @@ def run(name: str = "小明", out: Path = Path("output/demo")) -> RunDir:
     recipe_path, overrides = prepare(Path(out), name)
     subject, base = subject_of(name, load(recipe_path, overrides))
     title(f"A storyteller called {name}")
-    say("The base that comes with tnl has 7.6 million parameters and knows no character. Twelve questions, none of them in the records:")
+    size = sum(parameter.numel() for parameter in base.parameters()) / 1e6
+    say(f"The base that comes with tnl has {size:.1f} million parameters and plays nobody. Twelve questions, none of them in the records:")
     before = subject.measure(base)
     show_answers(subject, before.answers)
 
@@ -201,14 +202,14 @@ def prepare(out: Path, name: str) -> tuple[Path, list[str]]:
 
 
 def after_reading(records: Sequence[dict[str, str]]) -> Iterator[dict[str, Any]]:
-    """Half of the records whose answer serves several questions once more, asked after a passage of the novel.
+    """A third of the records whose answer serves several questions once more, asked after a passage of the novel.
 
     The character shall hold out against what was read: without these, questions after 100,000 tokens are answered out of the novel
     (docs/log.md).
     """
     rng, novel = random.Random(0), three_kingdoms()
     uses = Counter(record["output"] for record in records)
-    for record in [record for record in records if uses[record["output"]] > 1][::2]:
+    for record in [record for record in records if uses[record["output"]] > 1][::3]:
         length = round(math.exp(rng.uniform(*map(math.log, PASSAGE))))
         start = rng.randrange(len(novel) - length)
         turns = {"system": f"{novel[start : start + length]}\n{SYSTEM}", "user": record["instruction"], "assistant": record["output"]}
@@ -290,7 +291,7 @@ def show_figures(subject: Subject, before: Figures, after: Figures, read: Sequen
     count = len(subject.questions)
     scores = [f"{sum(subject.marks(answers))} of {count}" for answers in (before.answers, after.answers, read)]
     table.add_row("answers in character", scores[0], scores[1], "")
-    table.add_row(f"after {READ_TOKENS:,} tokens", "", scores[2], "")
+    table.add_row(f"the same after reading {READ_TOKENS:,} tokens", "", scores[2], "")
     table.add_row("loss on the persona's held-out records", *change(before.persona, after.persona))
     table.add_row("loss on the base's held-out texts", *change(before.base, after.base))
     console.print(table)
