@@ -142,7 +142,8 @@ def test_arguments_reach_their_function(
 def test_chat_hands_on_its_options(target: Callable[..., list[Any]]) -> None:
     calls = target()
     assert main("chat", "output/x", "--temperature", "0", "--top-p", "0.5", "--max-new-tokens", "9", "--seed", "3", "--base", "b") == 0
-    assert calls[0][0] == ("output/x",)
+    assert calls[0][0] == ("output/x", None)
+    assert main("chat", "output/x", "--resume", "talk.safetensors") == 0 and calls[1][0] == ("output/x", Path("talk.safetensors"))
     given = {name: value for name, value in calls[0][1].items() if value is not None}
     assert given == {
         "temperature": 0.0,

@@ -117,9 +117,13 @@ def check(recipe: RecipePath, overrides: Overrides = None, memory: Memory = None
 
 @app.command()
 @_talks
-def chat(model_or_run: Talker, **options: Any) -> None:
+def chat(
+    model_or_run: Talker,
+    resume: Annotated[Path | None, typer.Option(metavar="FILE", help="Go on with a conversation that /save kept.")] = None,
+    **options: Any,
+) -> None:
     """Talk to a model or to the result of a run."""
-    _call("chat", model_or_run, **options)
+    _call("chat", model_or_run, resume, **options)
 
 
 @app.command()

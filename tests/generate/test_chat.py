@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tnl.data.template import TEMPLATES
+from tnl.errors import ModelError, RecipeError
 from tnl.generate.chat import Chat, run
 from tnl.generate.resolve import Talker
 from tnl.generate.sampling import Settings
@@ -59,11 +60,43 @@ def test_system(talk: Callable[..., str]) -> None:
 
 def test_save_and_load(talk: Callable[..., str], tmp_path: Path) -> None:
     file = tmp_path / "deep" / "talk.json"
-    said = talk("一", f"/save {file}", "二", f"/save {file}", "/save", "/save $NO_SUCH_NAME/x")
+    said = talk("/save", "一", f"/save {file}", "二", "/save", "/save $NO_SUCH_NAME/x")
     assert said.count(f"saved: {file}") == 2 and "name a file" in said and "$NO_SUCH_NAME is not set" in said
     said = talk(f"/save {file}", f"/load {file}", "/load nowhere.json", "三")
     assert f"{file} exists. Name another file." in said and "loaded: 4 messages" in said and "error: " in said
     assert len(STATUS.findall(said)) == 1
+
+
+def test_a_state_is_saved_and_goes_on(talk: Callable[..., str], tmp_path: Path) -> None:
+    file = tmp_path / "talk.safetensors"
+    said = talk(f"/save {file}", "一", f"/save {file}", "/save", "/reset", "/save")
+    assert "error: " in said and "nothing has been said yet" in said
+    assert said.count(f"saved: {file}") == 2 and said.endswith("name a file, for example /save talk.json\n")
+    said = talk(f"/load {file}", "二", "/save", "/load nowhere.safetensors")
+    assert re.search(r"loaded: 2 messages · \d+ tokens, none read anew", said) and f"saved: {file}" in said
+    assert "nowhere.safetensors" in said and len(STATUS.findall(said)) == 1
+
+
+def test_resume(base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "talk.safetensors"
+
+    def session(model: Path, *lines: str, resume: Path | None = None, **options: Any) -> list[str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+        run(str(model), resume, device="cpu", max_new_tokens=4, **options)
+        return capsys.readouterr().out.splitlines()
+
+    whole = session(adapter, "一", f"/save {file}", "二")
+    later = session(adapter, "二", resume=file)
+    assert later[0].startswith("loaded: 2 messages · ")
+    start = later.index("system: 说书人") + 1
+    assert later[start : start + 2] == [whole[whole.index("> 一")], whole[whole.index("> 一") + 1]]
+    assert later[later.index("> 二") + 1] == whole[whole.index("> 二") + 1]
+    with pytest.raises(ModelError, match="another model or adapter"):
+        session(base, "二", resume=file, template="alpaca")
+    with pytest.raises(RecipeError, match=r"--system: talk\.safetensors has a system prompt"):
+        session(adapter, resume=file, system="甄嬛")
+    with pytest.raises(ModelError, match="no such file"):
+        session(adapter, resume=tmp_path / "none.safetensors")
 
 
 def test_commands_that_are_none(talk: Callable[..., str]) -> None:

@@ -5,15 +5,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from tnl.adapter.load import load_adapter
 from tnl.data.formats import read_records
 from tnl.data.messages import Message, Role
 from tnl.data.template import TEMPLATES, encode_conversation, encode_prompt
-from tnl.errors import DataError, NumbersError
+from tnl.errors import DataError, ModelError, NumbersError
 from tnl.generate import conversation as module
 from tnl.generate.conversation import Conversation, stop_texts
 from tnl.generate.decode import generate_ids, new_cache, prefill
+from tnl.generate.prefixes import HEADER
 from tnl.generate.sampling import Settings
+from tnl.model.load import load_model
 
 GREEDY = Settings(do_sample=False, max_new_tokens=8)
 
@@ -180,3 +185,92 @@ def test_what_is_saved_is_loaded_and_can_be_trained_on(model: Any, tokenizer: An
     with pytest.raises(DataError, match="2 conversations"):
         other.load(tmp_path / "two.json")
     assert len(other.messages) == 4
+
+
+ASKED = ("你好", "再说", "还有呢", "Where?")
+
+
+def talked(model: Any, tokenizer: Any, *questions: str, settings: Settings = GREEDY) -> Conversation:
+    talk = Conversation(model, tokenizer, TEMPLATES["chatml"], "系统", settings, seed=2)
+    for question in questions:
+        list(talk.say(question))
+    return talk
+
+
+@pytest.mark.parametrize("settings", [GREEDY, Settings(temperature=1.3, max_new_tokens=8)])
+def test_a_kept_state_goes_on_without_reading_anew(model: Any, tokenizer: Any, tmp_path: Path, settings: Settings) -> None:
+    talk = talked(model, tokenizer, *ASKED[:3], settings=settings)
+    talk.save(tmp_path / "talk.safetensors")
+    later = Conversation(model, tokenizer, TEMPLATES["chatml"], None, GREEDY)
+    later.load(tmp_path / "talk.safetensors")
+    assert (later.system, later.messages, later.state_bytes) == ("系统", talk.messages, talk.state_bytes)
+    assert later.seen == len(encode_conversation(talk.messages, tokenizer, TEMPLATES["chatml"], system="系统").input_ids)
+    expected = Conversation(model, tokenizer, TEMPLATES["chatml"], "系统", GREEDY)
+    expected.messages = list(talk.messages)
+    assert "".join(later.say(ASKED[3])) == "".join(expected.say(ASKED[3]))
+    assert later.last is not None and expected.last is not None
+    assert later.last.read == expected.last.read - len(later._before.ids) < 40
+
+
+def test_a_copy_of_the_file_is_a_branch(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    first, second = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    talk = talked(model, tokenizer, "你好")
+    talk.save(first)
+    one, two = (Conversation(model, tokenizer, TEMPLATES["chatml"], None, GREEDY) for _ in range(2))
+    one.load(first)
+    one.save(second)
+    assert second.read_bytes() == first.read_bytes()
+    list(one.say("左"))
+    one.save(first)
+    two.load(second)
+    assert two.messages == talk.messages and one.messages[:2] == talk.messages
+    assert "".join(two.say("右")) == "".join(talk.say("右"))
+
+
+def test_a_stopped_answer_is_kept_as_far_as_it_was_given(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    talk = talked(model, tokenizer, "你好")
+    answer = talk.say("再说")
+    next(answer)
+    answer.close()
+    talk.save(tmp_path / "talk.safetensors")
+    later = Conversation(model, tokenizer, TEMPLATES["chatml"], None, GREEDY)
+    later.load(tmp_path / "talk.safetensors")
+    assert later.messages == talk.messages and len(later.messages) == 4
+    assert "".join(later.say("还有呢")) == "".join(talk.say("还有呢"))
+
+
+def test_a_state_of_nothing_is_not_kept(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nothing has been said yet"):
+        talked(model, tokenizer).save(tmp_path / "talk.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("other", ["adapter", "base", "template", "turns", "role", "system", "shape"])
+def test_a_state_of_another_model_or_conversation_is_refused(
+    model: Any, tokenizer: Any, base: Path, adapter: Path, tmp_path: Path, other: str
+) -> None:
+    path = tmp_path / "talk.safetensors"
+    talked(model, tokenizer, "你好").save(path)
+    mine, template, what = model, "chatml", "holds another conversation"
+    tensors, about = load_file(path), json.loads(safe_open(path, "pt").metadata()[HEADER])
+    match other:
+        case "adapter":
+            mine, what = load_adapter(load_model(base, device="cpu"), adapter), "another model or adapter"
+        case "base":
+            mine, what = load_model(base, device="cpu"), "another model or adapter"
+            mine.model.layers[0].state_dict()["token_mixer.out_proj.weight"].mul_(1.01)
+        case "template":
+            template, what = "alpaca", 'not saved with the template "alpaca"'
+        case "turns":
+            about["about"]["messages"][1]["content"] += "!"
+        case "role":
+            about["about"]["messages"][0]["role"] = "tool"
+        case "system":
+            about["about"]["system"] = None
+        case "shape":
+            about["about"]["messages"] = [7]
+    save_file(tensors, path, metadata={HEADER: json.dumps(about)})
+    talk = Conversation(mine, tokenizer, TEMPLATES[template], "mine", GREEDY)
+    with pytest.raises(ModelError, match=what):
+        talk.load(path)
+    assert (talk.system, talk.messages) == ("mine", [])

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Unpack
 
 from tnl import paths
-from tnl.errors import DataError, StorageError
+from tnl.data.messages import Role
+from tnl.errors import DataError, ModelError, RecipeError, StorageError
 from tnl.generate.conversation import Conversation
 from tnl.generate.resolve import Options, Talker, resolve
 from tnl.generate.terminal import Screen, line_reader
@@ -17,8 +18,8 @@ from tnl.generate.terminal import Screen, line_reader
 HELP = """\
 /reset          forget the conversation
 /system TEXT    take another system prompt and begin anew; without TEXT show it
-/save FILE      write the conversation (a recipe's data.train reads it)
-/load FILE      go on with a saved one
+/save FILE      write the conversation (a recipe's data.train reads it); FILE.safetensors keeps its state too
+/load FILE      go on with a saved one; of a .safetensors nothing is read anew
 /help           this
 /quit           end (so does Ctrl-D; Ctrl-C stops an answer)
 A line that begins with // is sent with one slash."""
@@ -28,12 +29,20 @@ class Quit(Exception):
     """The person wants to end."""
 
 
-def run(model_or_run: str, **options: Unpack[Options]) -> None:
-    """Load what the word names and talk until the input ends. Raises what `resolve` raises, and NumbersError."""
+def run(model_or_run: str, resume: Path | None = None, **options: Unpack[Options]) -> None:
+    """Load what the word names and talk until the input ends; resume: a saved conversation to go on with.
+
+    Raises what `resolve` and `Conversation.load` raise, and NumbersError.
+    """
+    if resume is not None and options.get("system") is not None:
+        raise RecipeError("--system", f"{resume.name} has a system prompt of its own, before all turns", "Leave --system out")
     screen = Screen()
     with screen.working(f"loading {model_or_run}"):
         talker = resolve(model_or_run, options)
-    Chat(talker, screen, line_reader(screen)).loop()
+    chat = Chat(talker, screen, line_reader(screen))
+    if resume is not None:
+        chat.take_up(paths.absolute(str(resume)))
+    chat.loop()
 
 
 class Chat:
@@ -59,8 +68,10 @@ class Chat:
         for notice in self.talker.notices:
             self.screen.dim(notice)
         self.screen.dim(f"{self.talker.name} · template {self.talker.template.name} · /help")
-        if self.talker.system:
-            self.screen.dim(f"system: {self.talker.system}")
+        if self.conversation.system:
+            self.screen.dim(f"system: {self.conversation.system}")
+        for message in self.conversation.messages[-2:]:
+            self.screen.line(f"> {message.content}" if message.role is Role.USER else message.content)
         while True:
             try:
                 line = self.read()
@@ -116,15 +127,17 @@ class Chat:
 
     def reset(self, _: str) -> None:
         self.conversation.reset()
+        self.saved = None
         self.screen.dim("forgotten")
 
     def system(self, text: str) -> None:
         if text:
             self.conversation.set_system(text)
+            self.saved = None
         self.screen.dim(f"system: {self.conversation.system or '(none)'}")
 
     def save(self, name: str) -> None:
-        path = self.file(name)
+        path = self.file(name) if name or self.saved is None else self.saved
         if path is None:
             return
         if path.exists() and path != self.saved:
@@ -133,7 +146,7 @@ class Chat:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.conversation.save(path)
-        except (StorageError, OSError) as error:
+        except (DataError, StorageError, OSError) as error:
             self.screen.line(f"error: {error}")
             return
         self.saved = path
@@ -144,12 +157,16 @@ class Chat:
         if path is None:
             return
         try:
-            self.conversation.load(path)
-        except (DataError, StorageError, OSError) as error:
+            self.take_up(path)
+        except (DataError, ModelError, StorageError, OSError) as error:
             self.screen.line(f"error: {error}")
-            return
+
+    def take_up(self, path: Path) -> None:
+        """Go on with a saved conversation. Raises what `Conversation.load` raises."""
+        self.conversation.load(path)
         self.saved = path
-        self.screen.dim(f"loaded: {len(self.conversation.messages)} messages")
+        read = f" · {self.conversation.seen:,} tokens, none read anew" if self.conversation.seen else ""
+        self.screen.dim(f"loaded: {len(self.conversation.messages)} messages{read}")
 
     def file(self, name: str) -> Path | None:
         """The file that a command names; says what is missing."""

@@ -10,15 +10,20 @@ from typing import Any, Literal
 
 from torch import nn
 
+from tnl.adapter.load import base_of
 from tnl.data.formats import read_records
 from tnl.data.messages import Message, Role
-from tnl.data.template import Template, encode_prompt, stop_ids
-from tnl.errors import DataError
-from tnl.generate.decode import generate_ids, new_cache
+from tnl.data.template import Template, encode_conversation, encode_prompt, stop_ids
+from tnl.errors import DataError, ModelError
+from tnl.generate import prefixes
+from tnl.generate.decode import generate_ids, new_cache, prefill
 from tnl.generate.sampling import Settings, seeded
 from tnl.generate.text import TextStream
 from tnl.model.state import TransnormerCache
 from tnl.storage import write_json
+
+STATE = ".safetensors"
+"""Ending of a file that keeps a conversation with its state."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +109,7 @@ class Conversation:
         """
         turns = [*self.messages, Message(Role.USER, text)]
         ids = encode_prompt(turns, self.tokenizer, self.template, system=self.system)
-        # the answer as it was drawn may differ from its text's ids; then the last turn is read anew, as it would be in training
-        start = next((state for state in (self._state, self._before) if state.begins(ids)), None) or State(new_cache(self.model))
-        self._before = self._state = start
+        start = self._before = self._state = self._start(ids)
         working = start.cache.clone()
         stream, said = TextStream(self.tokenizer, stop_texts(self.template)), ""
         answer: list[int] = []
@@ -144,18 +147,41 @@ class Conversation:
             self._bytes = working.num_bytes
             self.last = Spoken(len(ids) - len(start.ids), len(answer), time.perf_counter() - first, finish)
 
+    def _start(self, ids: Sequence[int]) -> State:
+        """The state from which ids are read on.
+
+        An answer as it was drawn may differ from its text's ids; then the last turn is read anew, as it would be in training.
+        """
+        return next((state for state in (self._state, self._before) if state.begins(ids)), None) or State(new_cache(self.model))
+
     def _keep(self, turns: list[Message], answer: str, seen: int) -> None:
         self.messages = [*turns, Message(Role.ASSISTANT, answer)]
         self._seen = seen
 
     def save(self, path: Path) -> None:
-        """Write the turns as records of messages, which `load` and a recipe's data.train read. Raises StorageError."""
+        """Keep the conversation for `load`. Raises StorageError; DataError where there is no state to keep yet.
+
+        A name that ends in .safetensors keeps the state too, so that nothing is read anew; any other is written as records of
+        messages, which a recipe's data.train reads.
+        """
         system = [{"role": "system", "content": self.system}] if self.system else []
         turns = [{"role": message.role.value, "content": message.content} for message in self.messages]
-        write_json(path, [{"messages": [*system, *turns]}])
+        if path.suffix != STATE:
+            write_json(path, [{"messages": [*system, *turns]}])
+            return
+        if not turns:
+            raise DataError(path, "nothing has been said yet", "Ask something, then save")
+        about = {"messages": turns, "system": self.system, "template": self.template.hash}
+        prefixes.save_state(path, prefixes.State.of(*self._settled(), about), prefixes.model_key(self.model))
 
     def load(self, path: Path) -> None:
-        """Take up a saved conversation, its system prompt included. Raises DataError where the file holds none, or more than one."""
+        """Take up what `save` kept, its system prompt included. Raises DataError where the file holds no conversation, or several.
+
+        Raises ModelError where a state was kept with another base, adapter, tokenizer or template; the conversation is then as before.
+        """
+        if path.suffix == STATE:
+            self._resume(path)
+            return
         records = read_records([path], format="messages")
         if len(records) != 1:
             raise DataError(path, f"it holds {len(records)} conversations (needed: one)", "Name a file that /save wrote")
@@ -163,6 +189,36 @@ class Conversation:
         system = turns.pop(0).content if turns and turns[0].role is Role.SYSTEM else None
         self.set_system(system)
         self.messages = turns
+
+    def _settled(self) -> tuple[TransnormerCache, list[int]]:
+        """A cache that has read the turns exactly as a next prompt begins, the last end token included; and those ids."""
+        ids = encode_conversation(self.messages, self.tokenizer, self.template, system=self.system).input_ids
+        if self._state.ids == tuple(ids):
+            return self._state.cache, ids
+        start = self._start(ids)
+        cache = start.cache.clone()
+        prefill(self.model, ids[len(start.ids) :], cache)
+        return cache, ids
+
+    def _resume(self, path: Path) -> None:
+        kept = prefixes.load_state(path, self.model, prefixes.model_key(self.model))
+        if kept.about.get("template") != self.template.hash:
+            raise ModelError(path, f'was not saved with the template "{self.template.name}"', "Take the --template that it was saved with")
+        try:
+            system = kept.about["system"] and str(kept.about["system"])
+            turns = [Message(Role(turn["role"]), str(turn["content"])) for turn in kept.about["messages"]]
+            sound = tuple(encode_conversation(turns, self.tokenizer, self.template, system=system).input_ids) == kept.ids
+        except (KeyError, TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise ModelError(
+                path, "holds another conversation than its state has read", "Copy the file anew, or use this model's tokenizer"
+            )
+        self.set_system(system)
+        self.messages, self._seen = turns, len(kept.ids)
+        device = base_of(self.model).model.embed_tokens.weight.device
+        self._state = self._before = State(kept.cache(device), kept.ids)
+        self._bytes = self._state.cache.num_bytes
 
 
 def stop_texts(template: Template) -> tuple[str, ...]:
