@@ -267,40 +267,33 @@ def calls(
 
 
 CUTS = [(64, 32, 4, 2), (64, 32, 4, 3), (64, 32, 4, 4), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 3), (64, 128, 8, 2), (64, 128, 8, 3)]
-CUTS += [(128, 32, 8, 2), (128, 64, 8, 2), (128, 128, 8, 2)]
+CUTS += [(32, 64, 4, 3), (128, 32, 8, 2), (128, 64, 8, 2)]
 
 
-def candidates(programs: int, T: int, backward: bool) -> list[Plan]:
+def candidates(programs: int, T: int) -> list[Plan]:
     """Plans worth a try where batch x heads = programs."""
     plans = []
-    for cut, tma, segments, together in itertools.product(CUTS, (True, False), (1, 2, 4, 8, 16), (True, False)):
+    for cut, segments in itertools.product(CUTS, (1, 2, 4, 8, 16)):
         total = programs * (128 // cut[1]) * segments
-        if (not together and not backward) or (segments > 1 and total > 800) or total < 100 or T // segments < 2 * cut[0]:
-            continue
-        if backward and cut[2] == 4 and cut[3] == 4:
-            continue
-        plans.append(Plan(*cut, segments, tma, together))
+        if not ((segments > 1 and total > 800) or total < 100 or T // segments < 2 * cut[0]):
+            plans.append(Plan(*cut, segments))
     return plans
 
 
 def search(pool: Any, clock: Clock, log: dict[str, Any]) -> None:
     """Time every candidate that computes the right thing at four shapes; print the best of each."""
-    kinds = sorted({p._replace(segments=min(p.segments, 2)) for n in (32, 128, 512) for b in (False, True) for p in candidates(n, 2048, b)})
+    kinds = sorted({p._replace(segments=min(p.segments, 2)) for n in (32, 128, 512) for p in candidates(n, 2048)})
     cases = [Case(1, 1024, 32, states=False, plans=(kind, kind)) for kind in kinds]
     refused = {kind: c for kind, c in zip(kinds, map(complaint, cases, pool.map(check_case, cases, 1))) if c}
     print(f"{len(refused)} of {len(kinds)} plans cannot run:", *[f"  {tuple(k)} {c[-90:]}" for k, c in refused.items()][:12], sep="\n")
     for B, T in ((1, 2048), (16, 512), (4, 2048), (1, 8192)):
         ahead, back, _ = calls(B, T, decay_of(29), None)
-        for name, call, backward in ((f"{B} x {T} forward", ahead, False), (f"{B} x {T} backward", back, True)):
-            plans = [p for p in candidates(32 * B, T, backward) if p._replace(segments=min(p.segments, 2)) not in refused]
+        for name, call in ((f"{B} x {T} forward", ahead), (f"{B} x {T} backward", back)):
+            plans = [p for p in candidates(32 * B, T) if p._replace(segments=min(p.segments, 2)) not in refused]
             times = {plan: clock(call, plan, replays=7) for plan in plans}
             best = sorted(times, key=times.__getitem__)
             log[name] = [(tuple(p), times[p]) for p in best]
             print(name, f"({len(best)} plans)", *(f"{times[p]:.4f} {tuple(p)}" for p in best[:6]), sep="\n  ")
-            for tma, together in itertools.product((True, False), repeat=2):
-                some = [p for p in best if p.tma == tma and p.together == together]
-                if some:
-                    print(f"  best of tma {tma} together {together}: {times[some[0]]:.4f} {tuple(some[0])}")
 
 
 def fla_calls(B: int, T: int, g: Tensor) -> tuple[Callable[[], Any], Callable[[], Any]] | None:

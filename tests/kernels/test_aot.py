@@ -84,7 +84,7 @@ def compile_for(capability: int, thorough: bool) -> dict[str, Any]:
         get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
 
     multiprocessors, kilobytes = CARDS[capability]
-    card = lc.Device(multiprocessors, kilobytes * 1024, capability >= 90)
+    card = lc.Device(multiprocessors, kilobytes * 1024)
     lc.device_of = lambda x: card
     driver.set_active(Card())
     shared: dict[str, int] = {}

@@ -27,6 +27,17 @@ def test_triton_is_asked_for_where_it_runs() -> None:
         dispatch.ops("triton", dtype=torch.float64)
 
 
+def test_auto_is_triton_on_a_card_and_says_why_where_it_cannot_be(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert dispatch.ops("auto", "cuda").backend == "triton"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    assert dispatch.ops("auto", "cuda").backend == "reference"
+    assert "Tesla V100 is older than compute capability 8.0" in caplog.text
+
+
 def test_without_interpreter_or_card_triton_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "interpreted", lambda: False)
     with pytest.raises(ValueError, match="they need a GPU"):

@@ -101,10 +101,9 @@ def test_lengths(T: int, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     check(T, packed=packed, states=packed)
 
 
-@pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("segments", [1, 2, 3])
-def test_segments_of_a_row(segments: int, together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, SMALL._replace(segments=segments, together=together))
+def test_segments_of_a_row(segments: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, SMALL._replace(segments=segments))
     for states, packed in ((False, False), (True, False), (True, True)):
         check(40, B=1, states=states, packed=packed)
 

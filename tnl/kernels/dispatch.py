@@ -2,12 +2,13 @@
 
 import importlib.util
 import logging
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from tnl.kernels import reference
+from tnl.kernels.lora import Draw
 
 log = logging.getLogger(__name__)
 BACKENDS = ("auto", "triton", "reference")
@@ -29,23 +30,25 @@ class AttentionNormGate(Protocol):
         real: Tensor | None,
         lengths: Tensor | None,
         initial_state: Tensor | None,
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> tuple[Any, Tensor]: ...
 
 
 class NormProject(Protocol):
-    def __call__(self, x: Tensor, norm: reference.Projection, qkvu_proj: reference.Projection) -> Tensor: ...
+    def __call__(self, x: Tensor, norm: reference.Projection, qkvu_proj: reference.Projection, draw: Draw | None = None) -> Tensor: ...
 
 
 class ProjectResidual(Protocol):
-    def __call__(self, x: Tensor, projection: reference.Projection, residual: Tensor, /) -> Tensor: ...
+    def __call__(self, x: Any, projection: reference.Projection, residual: Tensor, draw: Draw | None = None, /) -> Tensor: ...
 
 
 class NormGlu(Protocol):
-    def __call__(self, x: Tensor, norm: reference.Projection, l1: reference.Projection, l2: reference.Projection) -> Tensor: ...
+    def __call__(
+        self, x: Tensor, norm: reference.Projection, l1: reference.Projection, l2: reference.Projection, draw: Draw | None = None
+    ) -> Any: ...
 
 
 class Ops(NamedTuple):
-    """The five operations of a layer, in one backend's form."""
+    """The five operations of a layer, in one backend's form; what one hands the next is theirs alone."""
 
     backend: str
     norm_qkvu: NormProject
@@ -68,26 +71,31 @@ REFERENCE = Ops(
 def ops(backend: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, head_dim: int = 128) -> Ops:
     """The layer's operations for a model on `device`.
 
-    auto: the reference forms. The Triton kernels pass every test in Triton's interpreter and compile for each card, but have not yet
-    run on one (docs/log.md); `triton` asks for them. head_dim: the largest key dim (twice the head's where LRPE is on).
-    Raises ValueError for a backend that is none, or that cannot run there.
+    auto: Triton on a GPU that runs it, else the reference forms; the log says which and why. head_dim: the largest key dim (twice
+    the head's where LRPE is on). Raises ValueError for a backend that is none, or that cannot run there.
     """
     if backend not in BACKENDS:
         raise ValueError(f'no backend is called "{backend}" (there are {", ".join(BACKENDS)})')
-    if backend != "triton":
+    place = torch.device(device)
+    if backend == "reference" or (backend == "auto" and place.type != "cuda"):
         log.info("kernels: reference")
         return REFERENCE
-    if hindrance := why_not_triton(torch.device(device), dtype, head_dim):
-        raise ValueError(f"backend triton cannot run here: {hindrance}. Take auto or reference")
+    if hindrance := why_not_triton(place, dtype, head_dim):
+        if backend == "triton":
+            raise ValueError(f"backend triton cannot run here: {hindrance}. Take auto or reference")
+        log.warning("kernels: reference, for Triton's cannot run here: %s", hindrance)
+        return REFERENCE
     # triton is there on Linux alone, and importing its kernels takes a second
     from tnl.kernels import triton_ops
 
     log.info("kernels: triton")
-    return REFERENCE._replace(
-        backend="triton",
-        norm_qkvu=triton_ops.norm_qkvu,
-        attention_norm_gate=triton_ops.attention_norm_gate,
-        norm_glu=triton_ops.norm_glu,
+    return Ops(
+        "triton",
+        triton_ops.norm_qkvu,
+        triton_ops.attention_norm_gate,
+        triton_ops.out_residual,
+        triton_ops.norm_glu,
+        triton_ops.l3_residual,
     )
 
 

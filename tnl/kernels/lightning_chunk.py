@@ -4,16 +4,15 @@ The same function as `reference.chunk_lightning_attention`. One launch forward a
 card; else the row is cut into segments, whose states a first launch makes.
 """
 
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tnl.kernels import reference
-from tnl.kernels.lightning_sweep import backward_kernel, local_states_kernel, sweep_kernel
+from tnl.kernels.lightning_sweep import backward_kernel, forward_kernel, local_states_kernel
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DIMS = range(1, 257)  # of K and V
@@ -27,7 +26,6 @@ class Device(NamedTuple):
 
     multiprocessors: int
     shared_memory: int  # bytes a program may take
-    tma: bool
 
 
 class _Row(NamedTuple):
@@ -48,19 +46,17 @@ class Plan(NamedTuple):
     warps: int
     stages: int  # chunks in flight
     segments: int  # pieces of a row that run in parallel
-    tma: bool = False
-    together: bool = True  # the three sweeps of the backward pass in one launch
 
 
 def device_of(x: Tensor) -> Device:
-    """What x's card reports; on a CPU (Triton's interpreter) a small card without TMA."""
-    return _device(x.get_device()) if x.device.type == "cuda" else Device(4, 99 * 1024, False)
+    """What x's card reports; on a CPU (Triton's interpreter) a small card."""
+    return _device(x.get_device()) if x.device.type == "cuda" else Device(4, 99 * 1024)
 
 
 @lru_cache
 def _device(index: int) -> Device:
     found = triton.runtime.driver.active.utils.get_device_properties(index)
-    return Device(found["multiprocessor_count"], found["max_shared_mem"], torch.cuda.get_device_capability(index)[0] >= 9)
+    return Device(found["multiprocessor_count"], found["max_shared_mem"])
 
 
 def _padded(n: int) -> int:
@@ -78,15 +74,17 @@ def plan(device: Device, dtype: torch.dtype, T: int, programs: int, X: int, Z: i
     while block > 16 and programs * -(-Z // block) * 2 <= device.multiprocessors * 5 // 4:
         block //= 2
     blocks = -(-Z // block)
-    segments = min(max(1, device.multiprocessors // (programs * blocks)), max(1, T // (4 * chunk)), 64)
+    # the backward pass hides one segment's latency behind another's; wide blocks want the registers that stages take
+    wanted = device.multiprocessors * (2 if sweeps > 1 else 1) // (programs * blocks)
+    segments = min(max(1, wanted), max(1, T // (4 * chunk)), 64)
     xp = _padded(X)
-    stages = 3
+    stages = 2 if sweeps > 1 and block == 64 else 3
     while chunk > 16 and _shared(chunk, block, xp, width, stages) > device.shared_memory:
         if stages > 1:
             stages -= 1
         else:
             chunk //= 2
-    return Plan(chunk, block, 8 if xp * block >= 256 * 64 else 4, stages, segments, device.tma and width == 2)
+    return Plan(chunk, block, 8 if xp * block >= 256 * 64 else 4, stages, segments)
 
 
 def _shared(chunk: int, block: int, xp: int, width: int, stages: int) -> int:
@@ -159,25 +157,9 @@ def check_segment_start(segment_start: Tensor) -> None:
         )
 
 
-def _tile(x: Tensor, block: int, chunk: int, tma: bool) -> tuple[Any, int, int, int]:
+def _tile(x: Tensor) -> tuple[Tensor, int, int, int]:
     """A [B, T, H, N] tensor as the kernels take it."""
-    (B, T, H, N), (s_b, s_t, s_h, _) = x.shape, x.stride()
-    if tma:
-        return TensorDescriptor(x, [B * T, (H - 1) * s_h + N], [s_t, 1], [chunk, block]), 0, 0, s_h
-    return x, s_b, s_t, s_h
-
-
-def _fits_tma(chunk: int, *tensors: Tensor) -> bool:
-    """Whether the copy engine can read these as [B T, columns]: it puts zeros only behind the last row, and wants 16 bytes aligned."""
-    B, T = tensors[0].shape[:2]
-    if B > 1 and T % chunk:
-        return False
-    for x in tensors:
-        (_, _, H, N), (s_b, s_t, s_h, _) = x.shape, x.stride()
-        aligned = x.data_ptr() % 16 == 0 and s_t * x.element_size() % 16 == 0
-        if not aligned or _padded(N) != N or (B > 1 and s_b != T * s_t) or (H - 1) * s_h + N > s_t:
-            return False
-    return True
+    return x, x.stride(0), x.stride(1), x.stride(2)
 
 
 def _span(T: int, p: Plan) -> tuple[int, int]:
@@ -209,13 +191,11 @@ def forward(
     o = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device) if out is None else out
     final = torch.empty(B, H, K, V, dtype=torch.float32, device=q.device)
     restart = None if segment_start is None else restart_state
-    KP, tma = _padded(K), cut.tma and _fits_tma(cut.chunk, q, k, v, o)
     row = _Row(T, B, H, *_span(T, cut))
-    local, _ = _local_states(row, cut, q, k, v, None, log_decay, segment_start, restart, silu, tma)
-    sweep_kernel[(-(-V // cut.block), H, row.segments * B)](
-        *(_tile(x, n, cut.chunk, tma) for x, n in ((q, KP), (k, KP), (v, cut.block), (o, cut.block))),
-        None, initial_state, local, restart, final, None, segment_start, log_decay, *row,
-        K, V, KP, cut.block, cut.chunk, False, False, silu, silu, False, _precision(q.dtype), tma,
+    local, _ = _local_states(row, cut, q, k, v, None, log_decay, segment_start, restart, silu)
+    forward_kernel[(-(-V // cut.block), H, row.segments * B)](
+        *map(_tile, (q, k, v, o)), initial_state, local, restart, final, segment_start, log_decay, *row,
+        K, V, _padded(K), cut.block, cut.chunk, silu, _precision(q.dtype),
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return o, final
@@ -246,35 +226,16 @@ def backward(
     row = _Row(T, B, H, *_span(T, cut))
     d_initial = torch.empty(B, H, K, V, dtype=torch.float32, device=q.device)
     d_restarts = None if restart is None else torch.empty(row.segments * B, H, K, V, dtype=torch.float32, device=q.device)
-    tma = cut.tma and _fits_tma(cut.chunk, q, k, v, do, dq, dk, dv)
-    local, d_local = _local_states(row, cut, q, k, v, do, log_decay, segment_start, restart, silu, tma)
+    local, d_local = _local_states(row, cut, q, k, v, do, log_decay, segment_start, restart, silu)
     KP, VP = _padded(K), _padded(V)
     BK, BV = min(cut.block, KP), min(cut.block, VP)
     NK, NV = -(-K // BK), -(-V // BV)
-    tile = partial(_tile, chunk=cut.chunk, tma=tma)
-    options = {"num_warps": cut.warps, "num_stages": cut.stages}
-    q_, k_, v_, do_, q_cols, k_cols, do_cols = map(tile, (q, k, v, do, q, k, do), (KP, KP, VP, VP, BK, BK, BV))
-    dq_, dk_, dv_ = map(tile, (dq, dk, dv), (BK, BK, BV))
-    grid = H, row.segments * B
-    if cut.together:
-        backward_kernel[(2 * NK + NV, *grid)](
-            q_, k_, v_, do_, q_cols, k_cols, do_cols, dq_, dk_, dv_,
-            initial_state, local, restart, d_final, d_local, d_initial, d_restarts, segment_start, log_decay, *row,
-            K, V, KP, VP, BK, BV, cut.chunk, silu, _precision(q.dtype), tma, **options,
-        )  # fmt: skip
-    else:
-        sweep_kernel[(NK, *grid)](
-            do_, v_, k_cols, dq_, q_cols if silu else None, initial_state, local, restart, None, None, segment_start, log_decay, *row,
-            V, K, VP, BK, cut.chunk, True, False, False, False, silu, _precision(q.dtype), tma, **options,
-        )  # fmt: skip
-        sweep_kernel[(NK, *grid)](
-            v_, do_, q_cols, dk_, k_cols if silu else None, d_final, d_local, None, None, None, segment_start, log_decay, *row,
-            V, K, VP, BK, cut.chunk, True, True, False, False, silu, _precision(q.dtype), tma, **options,
-        )  # fmt: skip
-        sweep_kernel[(NV, *grid)](
-            k_, q_, do_cols, dv_, None, d_final, d_local, None, d_initial, d_restarts, segment_start, log_decay, *row,
-            K, V, KP, BV, cut.chunk, False, True, silu, silu, False, _precision(q.dtype), tma, **options,
-        )  # fmt: skip
+    q_, k_, v_, do_, dq_, dk_, dv_ = map(_tile, (q, k, v, do, dq, dk, dv))
+    backward_kernel[(2 * NK + NV, H, row.segments * B)](
+        q_, k_, v_, do_, dq_, dk_, dv_,
+        initial_state, local, restart, d_final, d_local, d_initial, d_restarts, segment_start, log_decay, *row,
+        K, V, KP, VP, BK, BV, cut.chunk, silu, _precision(q.dtype), num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
     d_restart = None if d_restarts is None else d_restarts.sum(0)
     return dq, dk, dv, d_initial, d_restart
 
@@ -290,7 +251,6 @@ def _local_states(
     segment_start: Tensor | None,
     restart: Tensor | None,
     silu: bool,
-    tma: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The state that each segment alone makes, [segments, B, H, K, V], and (with do) the gradient it alone sends back."""
     if row.segments == 1:
@@ -300,11 +260,10 @@ def _local_states(
     local = torch.empty(shape, dtype=torch.float32, device=q.device)
     d_local = None if do is None else torch.empty(shape, dtype=torch.float32, device=q.device)
     KP, block = _padded(K), min(cut.block, _padded(V))
-    q_, k_ = (_tile(x, KP, cut.chunk, tma) for x in (q, k))
-    v_, do_ = (_tile(x, block, cut.chunk, tma) for x in (v, v if do is None else do))
+    q_, k_, v_, do_ = map(_tile, (q, k, v, v if do is None else do))
     local_states_kernel[(-(-V // block) * (1 if do is None else 2), row.H, row.segments * row.B)](
         q_, k_, v_, do_, local, d_local, restart, segment_start, log_decay, *row,
-        K, V, KP, block, cut.chunk, silu, _precision(q.dtype), tma, num_warps=cut.warps, num_stages=cut.stages,
+        K, V, KP, block, cut.chunk, silu, _precision(q.dtype), num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return local, d_local
 

@@ -6,7 +6,7 @@ Per head and block of output columns, with x, y [C, X] and z [C, BLOCK] of one c
 
 o = sweep(q, k, v), dq = sweep(do, v, k) with S transposed; backwards in time dk = sweep(v, do, q), dv = sweep(k, q, do).
 Kernel variables: p_ pointer, b_ block, o_ offset, m_ mask, i_ program index. A tensor [B, T, H, N] travels as
-(pointer, stride of B, of T, of H), its last stride being 1; with TMA the pointer is a descriptor of [B T, columns].
+(pointer, stride of B, of T, of H), its last stride being 1.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -18,19 +18,16 @@ import triton.language as tl
 
 
 @triton.jit
-def _load(a, i_b, i_h, first, col, T, N: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr, TMA: tl.constexpr):
+def _load(a, i_b, i_h, first, col, T, N: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr):
     """Rows first ... first + C, columns col ... col + BLOCK of one head, zeros outside: [C, BLOCK]."""
     p, s_b, s_t, s_h = a
-    if TMA:
-        b = p.load([i_b * T + first, i_h * s_h + col])
-    else:
-        o_t = tl.arange(0, C)
-        o_n = col + tl.arange(0, BLOCK)
-        m = (first + o_t < T)[:, None]
-        if N % BLOCK != 0:
-            m = m & (o_n < N)[None, :]
-        base = p + i_b.to(tl.int64) * s_b + first.to(tl.int64) * s_t + i_h * s_h
-        b = tl.load(base + o_t[:, None] * s_t + o_n[None, :], mask=m, other=0.0)
+    o_t = tl.arange(0, C)
+    o_n = col + tl.arange(0, BLOCK)
+    m = (first + o_t < T)[:, None]
+    if N % BLOCK != 0:
+        m = m & (o_n < N)[None, :]
+    base = p + i_b.to(tl.int64) * s_b + first.to(tl.int64) * s_t + i_h * s_h
+    b = tl.load(base + o_t[:, None] * s_t + o_n[None, :], mask=m, other=0.0)
     if SILU:
         f = b.to(tl.float32)
         b = (f * tl.sigmoid(f)).to(b.dtype)
@@ -38,23 +35,20 @@ def _load(a, i_b, i_h, first, col, T, N: tl.constexpr, C: tl.constexpr, BLOCK: t
 
 
 @triton.jit
-def _store(a, b, i_b, i_h, first, col, T, N: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr):
+def _store(a, b, i_b, i_h, first, col, T, N: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
     p, s_b, s_t, s_h = a
-    if TMA:
-        p.store([i_b * T + first, i_h * s_h + col], b)
-    else:
-        o_t = tl.arange(0, C)
-        o_n = col + tl.arange(0, BLOCK)
-        m = (first + o_t < T)[:, None]
-        if N % BLOCK != 0:
-            m = m & (o_n < N)[None, :]
-        base = p + i_b.to(tl.int64) * s_b + first.to(tl.int64) * s_t + i_h * s_h
-        tl.store(base + o_t[:, None] * s_t + o_n[None, :], b, mask=m)
+    o_t = tl.arange(0, C)
+    o_n = col + tl.arange(0, BLOCK)
+    m = (first + o_t < T)[:, None]
+    if N % BLOCK != 0:
+        m = m & (o_n < N)[None, :]
+    base = p + i_b.to(tl.int64) * s_b + first.to(tl.int64) * s_t + i_h * s_h
+    tl.store(base + o_t[:, None] * s_t + o_n[None, :], b, mask=m)
 
 
 @triton.jit
-def _silu_grad(raw, i_b, i_h, first, col, T, N: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr):
-    f = _load(raw, i_b, i_h, first, col, T, N, C, BLOCK, False, TMA).to(tl.float32)
+def _silu_grad(raw, i_b, i_h, first, col, T, N: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
+    f = _load(raw, i_b, i_h, first, col, T, N, C, BLOCK, False).to(tl.float32)
     s = tl.sigmoid(f)
     return s * (1.0 + f * (1.0 - s))
 
@@ -122,7 +116,7 @@ def _sweep(
     x, y, z, out, raw, edge, local, restart, edge_out, d_restart, start, log_decay, i_b, i_h, i_s, i_z, T, B, H, segments, span,
     X: tl.constexpr, Z: tl.constexpr, XP: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
     TRANSPOSED: tl.constexpr, REVERSE: tl.constexpr, SILU_X: tl.constexpr, SILU_Y: tl.constexpr, SILU_Z: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Segment i_s of one head and row, output columns i_z * BLOCK ...; `span` is the tokens of a segment, a multiple of C."""
     g = tl.load(log_decay + i_h).to(tl.float32)
@@ -143,9 +137,9 @@ def _sweep(
         at_last_next = tl.load(start + i_b * T + tl.minimum(first + C, T) - 1).to(tl.int32)
 
     for _ in range(n_chunks):
-        b_x = _load(x, i_b, i_h, first, 0, T, X, C, XP, SILU_X, TMA)
-        b_y = _load(y, i_b, i_h, first, 0, T, X, C, XP, SILU_Y, TMA)
-        b_z = _load(z, i_b, i_h, first, col, T, Z, C, BLOCK, SILU_Z, TMA)
+        b_x = _load(x, i_b, i_h, first, 0, T, X, C, XP, SILU_X)
+        b_y = _load(y, i_b, i_h, first, 0, T, X, C, XP, SILU_Y)
+        b_z = _load(z, i_b, i_h, first, col, T, Z, C, BLOCK, SILU_Z)
         size = tl.minimum(C, T - first)
         b_enter = tl.exp(g * (o_i + 1))  # from the state before the chunk to token i
         b_leave = tl.exp(g * tl.maximum(size - 1 - o_i, 0))  # from token i to the chunk's last
@@ -187,8 +181,8 @@ def _sweep(
                 b_o += tl.dot(b_x, b_r.to(b_x.dtype), input_precision=PRECISION) * b_w[:, None]
                 b_s += b_r * tl.exp(g * (size - at_last))
         if raw is not None:
-            b_o *= _silu_grad(raw, i_b, i_h, first, col, T, Z, C, BLOCK, TMA)
-        _store(out, b_o.to(b_z.dtype), i_b, i_h, first, col, T, Z, C, BLOCK, TMA)
+            b_o *= _silu_grad(raw, i_b, i_h, first, col, T, Z, C, BLOCK)
+        _store(out, b_o.to(b_z.dtype), i_b, i_h, first, col, T, Z, C, BLOCK)
         if REVERSE:
             first -= C
         else:
@@ -204,51 +198,50 @@ def _sweep(
 
 
 @triton.jit(do_not_specialize=["T", "B", "H", "segments", "span"])
-def sweep_kernel(
-    x, y, z, out, raw, edge, local, restart, edge_out, d_restart, start, log_decay, T, B, H, segments, span,
-    X: tl.constexpr, Z: tl.constexpr, XP: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
-    TRANSPOSED: tl.constexpr, REVERSE: tl.constexpr, SILU_X: tl.constexpr, SILU_Y: tl.constexpr, SILU_Z: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr,
+def forward_kernel(
+    q, k, v, o, initial, local, restart, final, start, log_decay, T, B, H, segments, span,
+    K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
+    SILU: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid: blocks of Z, H, segments x B."""
+    """Grid: blocks of V, H, segments x B."""
     i_b, i_s = tl.program_id(2) % B, tl.program_id(2) // B
     _sweep(
-        x, y, z, out, raw, edge, local, restart, edge_out, d_restart, start, log_decay,
+        q, k, v, o, None, initial, local, restart, final, None, start, log_decay,
         i_b, tl.program_id(1), i_s, tl.program_id(0), T, B, H, segments, span,
-        X, Z, XP, BLOCK, C, TRANSPOSED, REVERSE, SILU_X, SILU_Y, SILU_Z, PRECISION, TMA,
+        K, V, KP, BLOCK, C, False, False, SILU, SILU, False, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "B", "H", "segments", "span"])
 def backward_kernel(
-    q, k, v, do, q_cols, k_cols, do_cols, dq, dk, dv,
+    q, k, v, do, dq, dk, dv,
     initial, local, restart, d_final, d_local, d_initial, d_restart, start, log_decay, T, B, H, segments, span,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
-    SILU: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    SILU: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The three sweeps of the backward pass side by side. Grid: blocks of K for dq, of K for dk, of V for dv; H; segments x B."""
     NK: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    raw_q = q_cols if SILU else None
-    raw_k = k_cols if SILU else None
+    raw_q = q if SILU else None
+    raw_k = k if SILU else None
     i_z, i_h = tl.program_id(0), tl.program_id(1)
     i_b, i_s = tl.program_id(2) % B, tl.program_id(2) // B
     if i_z < NK:
         _sweep(
-            do, v, k_cols, dq, raw_q, initial, local, restart, None, None, start, log_decay,
+            do, v, k, dq, raw_q, initial, local, restart, None, None, start, log_decay,
             i_b, i_h, i_s, i_z, T, B, H, segments, span,
-            V, K, VP, BLOCK_K, C, True, False, False, False, SILU, PRECISION, TMA,
+            V, K, VP, BLOCK_K, C, True, False, False, False, SILU, PRECISION,
         )  # fmt: skip
     elif i_z < 2 * NK:
         _sweep(
-            v, do, q_cols, dk, raw_k, d_final, d_local, None, None, None, start, log_decay,
+            v, do, q, dk, raw_k, d_final, d_local, None, None, None, start, log_decay,
             i_b, i_h, i_s, i_z - NK, T, B, H, segments, span,
-            V, K, VP, BLOCK_K, C, True, True, False, False, SILU, PRECISION, TMA,
+            V, K, VP, BLOCK_K, C, True, True, False, False, SILU, PRECISION,
         )  # fmt: skip
     else:
         _sweep(
-            k, q, do_cols, dv, None, d_final, d_local, None, d_initial, d_restart, start, log_decay,
+            k, q, do, dv, None, d_final, d_local, None, d_initial, d_restart, start, log_decay,
             i_b, i_h, i_s, i_z - 2 * NK, T, B, H, segments, span,
-            K, V, KP, BLOCK_V, C, False, True, SILU, SILU, False, PRECISION, TMA,
+            K, V, KP, BLOCK_V, C, False, True, SILU, SILU, False, PRECISION,
         )  # fmt: skip
 
 
@@ -256,7 +249,7 @@ def backward_kernel(
 def _local_state(
     y, z, local, restart, start, log_decay, i_b, i_h, i_s, i_z, T, B, H, span,
     X: tl.constexpr, Z: tl.constexpr, XP: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
-    REVERSE: tl.constexpr, SILU: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    REVERSE: tl.constexpr, SILU: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What segment i_s alone adds to the state at its end (REVERSE: to the state's gradient before its first token)."""
     g = tl.load(log_decay + i_h).to(tl.float32)
@@ -277,8 +270,8 @@ def _local_state(
     o_i = tl.arange(0, C)
     for n in range(tl.cdiv(end - begin, C)):
         first = begin + n * C
-        b_y = _load(y, i_b, i_h, first, 0, T, X, C, XP, SILU, TMA)
-        b_z = _load(z, i_b, i_h, first, col, T, Z, C, BLOCK, False, TMA)
+        b_y = _load(y, i_b, i_h, first, 0, T, X, C, XP, SILU)
+        b_z = _load(z, i_b, i_h, first, col, T, Z, C, BLOCK, False)
         o_t = first + o_i
         b_steps = o_t - t0 + 1 if REVERSE else t1 - 1 - o_t
         b_w = tl.exp(g * tl.maximum(b_steps, 0))
@@ -301,7 +294,7 @@ def _local_state(
 def local_states_kernel(
     q, k, v, do, local, d_local, restart, start, log_decay, T, B, H, segments, span,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
-    SILU: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    SILU: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Local states of every segment, and their gradients where d_local is given. Grid: blocks of V (twice), H, segments x B."""
     NV: tl.constexpr = (V + BLOCK - 1) // BLOCK
@@ -311,11 +304,11 @@ def local_states_kernel(
         if i_s < segments - 1:
             _local_state(
                 k, v, local, restart, start, log_decay, i_b, i_h, i_s, i_z, T, B, H, span,
-                K, V, KP, BLOCK, C, False, SILU, PRECISION, TMA,
+                K, V, KP, BLOCK, C, False, SILU, PRECISION,
             )  # fmt: skip
     elif d_local is not None:
         if i_s > 0:
             _local_state(
                 q, do, d_local, None, start, log_decay, i_b, i_h, i_s, i_z - NV, T, B, H, span,
-                K, V, KP, BLOCK, C, True, SILU, PRECISION, TMA,
+                K, V, KP, BLOCK, C, True, SILU, PRECISION,
             )  # fmt: skip

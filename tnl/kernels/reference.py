@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tnl.kernels.lora import Draw, project
+
 Projection = Callable[[Tensor], Tensor]
 
 
@@ -217,9 +219,9 @@ def linear_relative_position(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor
     return torch.cat([x.to(dtype) * cos, x.to(dtype) * sin], -1).to(x.dtype)
 
 
-def norm_qkvu(x: Tensor, norm: Projection, qkvu_proj: Projection) -> Tensor:
-    """[B, T, D] to [B, T, 4E]."""
-    return qkvu_proj(norm(x))
+def norm_qkvu(x: Tensor, norm: Projection, qkvu_proj: Projection, draw: Draw | None = None) -> Tensor:
+    """[B, T, D] to [B, T, 4E]; draw: where the masks of an adapter's dropout come from (None: the module's own)."""
+    return project(qkvu_proj, norm(x), draw, 0)
 
 
 def attention_norm_gate(
@@ -251,17 +253,17 @@ def attention_norm_gate(
     return u * norm(o.flatten(2)), state
 
 
-def out_residual(x: Tensor, out_proj: Projection, residual: Tensor) -> Tensor:
+def out_residual(x: Tensor, out_proj: Projection, residual: Tensor, draw: Draw | None = None) -> Tensor:
     """[B, T, E] to residual + out_proj(x), [B, T, D]."""
-    return residual + out_proj(x)
+    return residual + project(out_proj, x, draw, 1)
 
 
-def norm_glu(x: Tensor, norm: Projection, l1: Projection, l2: Projection) -> Tensor:
+def norm_glu(x: Tensor, norm: Projection, l1: Projection, l2: Projection, draw: Draw | None = None) -> Tensor:
     """[B, T, D] to l1(norm(x)) * l2(norm(x)), [B, T, glu_dim] (arXiv:2307.14995, eq. 6: no activation)."""
     x = norm(x)
-    return l1(x) * l2(x)
+    return project(l1, x, draw, 2) * project(l2, x, draw, 3)
 
 
-def l3_residual(x: Tensor, l3: Projection, residual: Tensor) -> Tensor:
+def l3_residual(x: Tensor, l3: Projection, residual: Tensor, draw: Draw | None = None) -> Tensor:
     """[B, T, glu_dim] to residual + l3(x), [B, T, D]."""
-    return residual + l3(x)
+    return residual + project(l3, x, draw, 4)

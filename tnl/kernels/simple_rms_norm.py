@@ -78,7 +78,8 @@ def _options(D: int) -> dict[str, int]:
     return {"D": D, "BLOCK": block, "num_warps": min(max(block // 1024, 1), 16)}
 
 
-def _forward(x: Tensor, u: Tensor | None, eps: float) -> Tensor:
+def forward(x: Tensor, u: Tensor | None, eps: float) -> Tensor:
+    """norm(x), times u where there is one, without checks and gradients."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x = _rows(x)
     u = None if u is None else _rows(u)
@@ -86,7 +87,8 @@ def _forward(x: Tensor, u: Tensor | None, eps: float) -> Tensor:
     return y
 
 
-def _backward(dy: Tensor, x: Tensor, u: Tensor | None, eps: float) -> tuple[Tensor, Tensor | None]:
+def backward(dy: Tensor, x: Tensor, u: Tensor | None, eps: float) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x, and of u where there is one."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     du = None if u is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dy, x = _rows(dy), _rows(x)
@@ -99,22 +101,22 @@ def _backward(dy: Tensor, x: Tensor, u: Tensor | None, eps: float) -> tuple[Tens
 
 @torch.library.custom_op("tnl::simple_rms_norm", mutates_args=())
 def _norm(x: Tensor, eps: float) -> Tensor:
-    return _forward(x, None, eps)
+    return forward(x, None, eps)
 
 
 @torch.library.custom_op("tnl::simple_rms_norm_backward", mutates_args=())
 def _norm_backward(dy: Tensor, x: Tensor, eps: float) -> Tensor:
-    return _backward(dy, x, None, eps)[0]
+    return backward(dy, x, None, eps)[0]
 
 
 @torch.library.custom_op("tnl::norm_gate", mutates_args=())
 def _gate(o: Tensor, u: Tensor, eps: float) -> Tensor:
-    return _forward(o, u, eps)
+    return forward(o, u, eps)
 
 
 @torch.library.custom_op("tnl::norm_gate_backward", mutates_args=())
 def _gate_backward(dy: Tensor, o: Tensor, u: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _backward(dy, o, u, eps)  # type: ignore[return-value]
+    return backward(dy, o, u, eps)  # type: ignore[return-value]
 
 
 @_norm.register_fake

@@ -1,31 +1,74 @@
-"""The five operations of a layer with the Triton kernels: attention, norm and gate are ours, matrix products PyTorch's."""
+"""The five operations of a layer with the Triton kernels; the wide matrix products are PyTorch's.
+
+Between two operations travels what the next one makes its input of (`Mixed`, `Halves`), so that the input itself is kept nowhere.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tnl.kernels import lightning_chunk
+from tnl.kernels.fused_linear import fused_linear
 from tnl.kernels.lightning_chunk import lightning_attention
 from tnl.kernels.lightning_step import lightning_step
+from tnl.kernels.lora import Draw, Lora, lora_of, project
 from tnl.kernels.reference import ACTIVATIONS, Projection, linear_relative_position, padded_final_state
 from tnl.kernels.simple_rms_norm import norm_gate, simple_rms_norm
 
 SILU = ("silu", "swish")
 
 
-def apply_norm(x: Tensor, norm: Projection) -> Tensor:
-    """SimpleRMSNorm by its kernel; a norm with weights of its own as it is."""
-    eps = getattr(norm, "eps", None)
-    return norm(x) if eps is None or hasattr(norm, "weight") else simple_rms_norm(x, eps)
+class Mixed(NamedTuple):
+    """u * norm(o) is what out_proj takes."""
+
+    o: Tensor  # [B, T, E]
+    u: Tensor
+    eps: float
 
 
-def norm_qkvu(x: Tensor, norm: Projection, qkvu_proj: Projection) -> Tensor:
+class Halves(NamedTuple):
+    """a * b is what l3 takes."""
+
+    a: Tensor  # [B, T, glu_dim]
+    b: Tensor
+
+
+def norm_qkvu(x: Tensor, norm: Projection, qkvu_proj: Projection, draw: Draw | None = None) -> Tensor:
     """As `reference.norm_qkvu`."""
-    return qkvu_proj(apply_norm(x, norm))
+    lora, eps = fusable(qkvu_proj, x, draw), eps_of(norm)
+    if lora is not None and eps is not None:
+        return fused_linear("norm", (x,), (lora,), eps=eps, draw=draw)[0]
+    return project(qkvu_proj, apply_norm(x, norm), draw, 0)
 
 
-def norm_glu(x: Tensor, norm: Projection, l1: Projection, l2: Projection) -> Tensor:
+def out_residual(x: Tensor | Mixed, out_proj: Projection, residual: Tensor, draw: Draw | None = None) -> Tensor:
+    """As `reference.out_residual`."""
+    lora = fusable(out_proj, residual, draw)
+    if isinstance(x, Mixed):
+        if lora is not None:
+            return fused_linear("norm_gate", (x.o, x.u), (lora,), residual, eps=x.eps, draw=draw, slot=1)[0]
+        x = norm_gate(x.o, x.u, x.eps)
+    return residual + project(out_proj, x, draw, 1)
+
+
+def norm_glu(x: Tensor, norm: Projection, l1: Projection, l2: Projection, draw: Draw | None = None) -> Tensor | Halves:
     """As `reference.norm_glu`."""
+    one, two, eps = fusable(l1, x, draw), fusable(l2, x, draw), eps_of(norm)
+    if one is not None and two is not None and eps is not None:
+        return Halves(*fused_linear("norm", (x,), (one, two), eps=eps, draw=draw, slot=2))
     x = apply_norm(x, norm)
-    return l1(x) * l2(x)
+    return project(l1, x, draw, 2) * project(l2, x, draw, 3)
+
+
+def l3_residual(x: Tensor | Halves, l3: Projection, residual: Tensor, draw: Draw | None = None) -> Tensor:
+    """As `reference.l3_residual`."""
+    lora = fusable(l3, residual, draw)
+    if isinstance(x, Halves):
+        if lora is not None:
+            return fused_linear("product", tuple(x), (lora,), residual, draw=draw, slot=4)[0]
+        x = x.a * x.b
+    return residual + project(l3, x, draw, 4)
 
 
 def attention_norm_gate(
@@ -39,8 +82,12 @@ def attention_norm_gate(
     real: Tensor | None,
     lengths: Tensor | None,
     initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | Mixed, Tensor]:
     """As `reference.attention_norm_gate`; q, k and v are read straight from qkvu where SiLU is all that is done to them."""
+    eps = eps_of(norm)
+    if activation in SILU and rotary is None and real is None and lengths is None and eps is not None and qkvu.shape[1] > 1:
+        o, u, state = _Attention.apply(qkvu, log_decay, segment_start, initial_state)
+        return Mixed(o, u, eps), state
     heads = log_decay.shape[0]
     q, k, v, u = qkvu.chunk(4, -1)
     q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q, k, v))
@@ -58,6 +105,62 @@ def attention_norm_gate(
         o, state = lightning_attention(q, k, v, log_decay, segment_start=segment_start, initial_state=initial_state, silu=silu)
     if lengths is not None:
         state = padded_final_state(k, v, log_decay, lengths, segment_start, initial_state)
-    o = o.flatten(2)
-    eps = getattr(norm, "eps", None)
-    return (u * norm(o) if eps is None or hasattr(norm, "weight") else norm_gate(o, u, eps)), state
+    return (u * norm(o.flatten(2)) if eps is None else Mixed(o.flatten(2), u, eps)), state
+
+
+class _Attention(torch.autograd.Function):
+    """Attention of SiLU(q), SiLU(k) and v as they lie in qkvu [B, T, 4E]: o [B, T, E], u as it is, and the final state.
+
+    The gradient of qkvu is written in place, into one tensor.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, qkvu: Tensor, log_decay: Tensor, segment_start: Tensor | None, initial_state: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        parts = *_heads(qkvu, len(log_decay)), log_decay
+        lightning_chunk.check(*parts, segment_start, initial_state, None)
+        start, initial = (None if x is None else x.contiguous() for x in (segment_start, initial_state))
+        o, state = lightning_chunk.forward(*parts, start, initial, None, True)
+        ctx.save_for_backward(qkvu, log_decay, start, initial)
+        ctx.set_materialize_grads(False)
+        return o.flatten(2), qkvu[..., -o.shape[2] * o.shape[3] :], state
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, du: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        qkvu, log_decay, start, initial = ctx.saved_tensors
+        d_qkvu = torch.empty_like(qkvu, memory_format=torch.contiguous_format)
+        E = qkvu.shape[-1] // 4
+        do = qkvu.new_zeros(*qkvu.shape[:2], E) if do is None else do
+        d_qkvu[..., 3 * E :] = 0 if du is None else du
+        out = _heads(d_qkvu, len(log_decay))
+        parts = *_heads(qkvu, len(log_decay)), log_decay
+        *_, d_initial, _ = lightning_chunk.backward(
+            do.unflatten(-1, (len(log_decay), -1)), d_final, *parts, start, initial, None, True, out=out
+        )
+        return d_qkvu, None, None, d_initial if ctx.needs_input_grad[3] else None
+
+
+def _heads(qkvu: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [B, T, H, E / H] as views."""
+    q, k, v, _ = qkvu.unflatten(-1, (4, heads, -1)).unbind(2)
+    return q, k, v
+
+
+def fusable(module: Projection, x: Tensor, draw: Draw | None) -> Lora | None:
+    """The module's parts where the fused form can take its place: more than one token, frozen weights, LoRA without extras."""
+    if x.shape[1] == 1 or torch.is_autocast_enabled(x.device.type):
+        return None
+    lora = lora_of(module)
+    return None if lora is not None and lora.dropout and draw is None else lora
+
+
+def eps_of(norm: Projection) -> float | None:
+    """SimpleRMSNorm's epsilon; None for a norm with weights of its own."""
+    return None if hasattr(norm, "weight") else getattr(norm, "eps", None)
+
+
+def apply_norm(x: Tensor, norm: Projection) -> Tensor:
+    """SimpleRMSNorm by its kernel; another norm as it is."""
+    eps = eps_of(norm)
+    return norm(x) if eps is None else simple_rms_norm(x, eps)

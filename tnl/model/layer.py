@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tnl.kernels.dispatch import Ops
+from tnl.kernels.lora import Draw
 from tnl.kernels.reference import Projection
 
 
@@ -23,6 +24,7 @@ class LayerWeights(NamedTuple):
     log_decay: Tensor  # [H] float32
     theta: Tensor | None  # [H, 1, K] where the layer has LRPE
     activation: str
+    number: int = 0  # which layer it is
 
 
 class Rows(NamedTuple):
@@ -32,6 +34,7 @@ class Rows(NamedTuple):
     segment_start: Tensor | None = None  # [B, T]: index in the row of its sequence's first token, -1: before this call; None: all -1
     real: Tensor | None = None  # [B, T] bool: False where a token is padding
     lengths: Tensor | None = None  # [B]: real tokens of a row, where padding follows them and the final state matters
+    dropout_keys: Tensor | None = None  # [B, T] int32: where an adapter's dropout masks come from (kernels/lora.py)
 
 
 def rotary_angles(theta: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -55,7 +58,8 @@ def decoder_layer(
     rotary = None
     if weights.theta is not None:
         rotary = rotary_angles(weights.theta, rows.positions, torch.promote_types(x.dtype, torch.float32))
-    qkvu = ops.norm_qkvu(x, weights.token_norm, weights.qkvu_proj)
+    draw = None if rows.dropout_keys is None else Draw(rows.dropout_keys, weights.number)
+    qkvu = ops.norm_qkvu(x, weights.token_norm, weights.qkvu_proj, draw)
     mixed, state = ops.attention_norm_gate(
         qkvu,
         norm=weights.mixer_norm,
@@ -67,6 +71,6 @@ def decoder_layer(
         lengths=rows.lengths,
         initial_state=state,
     )
-    x = ops.out_residual(mixed, weights.out_proj, x)
-    gated = ops.norm_glu(x, weights.channel_norm, weights.l1, weights.l2)
-    return ops.l3_residual(gated, weights.l3, x), state
+    x = ops.out_residual(mixed, weights.out_proj, x, draw)
+    gated = ops.norm_glu(x, weights.channel_norm, weights.l1, weights.l2, draw)
+    return ops.l3_residual(gated, weights.l3, x, draw), state

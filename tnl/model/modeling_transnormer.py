@@ -95,6 +95,7 @@ class TransnormerDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: TransnormerConfig, layer: int) -> None:
         super().__init__()
+        self.number = layer
         self.activation = config.linear_act_fun
         self.token_mixer = TokenMixer(config, layer)
         self.channel_mixer = ChannelMixer(config)
@@ -116,6 +117,7 @@ class TransnormerDecoderLayer(GradientCheckpointingLayer):
             log_decay=mixer.log_decay,
             theta=None if mixer.lrpe is None else mixer.lrpe.theta,
             activation=self.activation,
+            number=self.number,
         )
 
     def forward(self, x: Tensor, state: Tensor | None, rows: Rows, ops: Ops) -> tuple[Tensor, Tensor]:
@@ -171,6 +173,7 @@ class TransnormerModel(TransnormerPreTrainedModel):
         inputs_embeds: Tensor | None = None,  # [B, T, D], unscaled
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        dropout_keys: Tensor | None = None,  # [B, T] int32: what adapters' dropout masks are made of; None: drawn where it trains
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Returns last_hidden_state [B, T, D]. Padding does not exist for a row: it neither adds to the state nor decays it."""
@@ -182,6 +185,9 @@ class TransnormerModel(TransnormerPreTrainedModel):
             use_cache = bool(self.config.use_cache) and not self.training
         cache = past_key_values if past_key_values is not None else TransnormerCache(len(self.layers)) if use_cache else None
         rows, order = arrange(x, attention_mask, position_ids, cache)
+        if dropout_keys is None and self.training and x.shape[1] > 1:
+            dropout_keys = torch.randint(-(2**31), 2**31, x.shape[:2], dtype=torch.int32, device=x.device)
+        rows = rows._replace(dropout_keys=dropout_keys)
         hidden = [x]
         if order is not None:
             x = take(x, order)
@@ -230,6 +236,7 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,  # [B, T], -100 where a token is not supervised
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        dropout_keys: Tensor | None = None,
         **kwargs: Any,  # output_hidden_states, return_dict; num_items_in_batch: what the summed loss is divided by
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Arguments as TransnormerModel.forward. The loss is the usual shift by one; no sequence predicts the next one's first token."""
@@ -242,6 +249,7 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=False if labels is not None and use_cache is None else use_cache,
             output_hidden_states=kwargs.pop("output_hidden_states", None),
+            dropout_keys=dropout_keys,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
         logits = self.lm_head(out.last_hidden_state[:, kept if isinstance(logits_to_keep, int) else logits_to_keep])

@@ -23,7 +23,7 @@ class ModelSection(Strict):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """The numbers of the frozen weights; auto is bfloat16 on a GPU that has it and float32 elsewhere."""
     backend: Literal["auto", "triton", "reference"] = "auto"
-    """Which kernels compute; auto is reference, plain PyTorch, until the Triton kernels have been measured on a card."""
+    """Which kernels compute; auto is Triton's on a GPU that runs them, else reference: plain PyTorch."""
 
 
 class DataSection(Strict):
