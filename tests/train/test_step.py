@@ -45,9 +45,11 @@ def make_records(lengths: tuple[int, ...] = (5, 70, 12, 1, 33, 9, 20, 3), seed: 
 LORA = LoraSection(r=2, lora_dropout=0.0)
 
 
-def gradients(model: nn.Module, records: list[dict[str, Any]], **rows: Any) -> tuple[float, dict[str, torch.Tensor]]:
+def gradients(
+    model: nn.Module, records: list[dict[str, Any]], seed: int | None = None, **rows: Any
+) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad(set_to_none=True)
-    result = steps.step(model, records, Rows(**{"budget": 10_000, **rows}))
+    result = steps.step(model, records, Rows(**{"budget": 10_000, **rows}), seed)
     return float(result.loss), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -132,6 +134,15 @@ def test_a_seed_repeats_dropout() -> None:
     losses = [float(steps.step(model, records, Rows(10_000), seed=seed).loss) for seed in (1, 2, 1)]
     assert losses[0] == losses[2] != losses[1]
     assert steps.seed_of(1, 2) != steps.seed_of(2, 1)
+
+
+@pytest.mark.parametrize("layout", [{"budget": 40}, {"padded": 3}, {"padded": 8}, {"segment_length": 16}])
+def test_dropout_is_the_same_however_rows_are_laid_out(layout: dict[str, int]) -> None:
+    """Its masks are a function of the step, the record and the token's position in it."""
+    model, records = make_model(LoraSection(r=2, lora_dropout=0.4)).double(), make_records()
+    expected = gradients(model, records, seed=1)
+    assert_same(gradients(model, records[::-1], seed=1, **layout), expected)
+    assert abs(gradients(model, records, seed=2)[0] - expected[0]) > 1e-4
 
 
 def test_counts() -> None:

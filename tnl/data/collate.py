@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tnl.data.template import IGNORED
+from tnl.kernels.lora import token_keys
 
 
 def collate_rows(row: Sequence[Mapping[str, Any]], *, multiple: int = 1, pad_id: int = 0) -> dict[str, Tensor]:
@@ -14,6 +15,7 @@ def collate_rows(row: Sequence[Mapping[str, Any]], *, multiple: int = 1, pad_id:
 
     Positions restart at 0 with every record, which is how transformers marks packed rows. The first label of a record is -100:
     after the shift by one it would be learned from the record before. `multiple` fills up with pad_id as a segment of its own, not learned.
+    Records that carry a number "draw" give dropout_keys, [1, T] int32: their tokens' masks are the same in any row (kernels/lora.py).
     """
     ids: list[int] = []
     labels: list[int] = []
@@ -27,13 +29,17 @@ def collate_rows(row: Sequence[Mapping[str, Any]], *, multiple: int = 1, pad_id:
     ids += [pad_id] * fill
     labels += [IGNORED] * fill
     positions += range(fill)
-    return {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels]), "position_ids": torch.tensor([positions])}
+    batch = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels]), "position_ids": torch.tensor([positions])}
+    if "draw" in row[0]:
+        keys = [token_keys(record["draw"], torch.arange(len(record["input_ids"]))) for record in row]
+        batch["dropout_keys"] = torch.cat([*keys, torch.zeros(fill, dtype=torch.int32)])[None]
+    return batch
 
 
 def collate_padded(records: Sequence[Mapping[str, Any]], pad_id: int, *, multiple: int = 1) -> dict[str, Tensor]:
     """One record a row, padded on the right to the longest: input_ids, labels, attention_mask, each [B, T] int64.
 
-    The mask comes from lengths: pad_id is `<unk>`, which may stand in a record too.
+    The mask comes from lengths: pad_id is `<unk>`, which may stand in a record too. dropout_keys as collate_rows.
     """
     longest = max(len(record["input_ids"]) for record in records)
     longest += -longest % multiple
@@ -45,4 +51,7 @@ def collate_padded(records: Sequence[Mapping[str, Any]], pad_id: int, *, multipl
         ids[i, :size] = torch.tensor(record["input_ids"])
         labels[i, 1:size] = torch.tensor(record["labels"][1:], dtype=torch.int64)
         mask[i, :size] = 1
-    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    if "draw" in records[0]:
+        batch["dropout_keys"] = torch.stack([token_keys(record["draw"], torch.arange(longest)) for record in records])
+    return batch

@@ -64,7 +64,7 @@ def count_supervised(record: Mapping[str, Any]) -> int:
 
 def hidden_states(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> Tensor:
     """The final hidden states of a batch, flattened to [B T, D]; the head is left to the caller."""
-    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "position_ids", "dropout_keys") if name in batch}
     return causal_lm(model).model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
 
 

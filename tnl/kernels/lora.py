@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-MASK32 = 0xFFFFFFFF
 GOLDEN = 0x9E3779B1
 """2^32 over the golden ratio, odd: neighbours land far apart."""
 
@@ -71,23 +70,23 @@ def project(module: Any, x: Tensor, draw: Draw | None, slot: int) -> Tensor:
     lora = None if draw is None else lora_of(module)
     if draw is None or lora is None or lora.a is None or lora.b is None or not lora.dropout:
         return module(x)
-    kept = keep_mask(draw.keys, draw.module(slot), x.shape[-1], lora.dropout)
-    dropped = x.to(lora.a.dtype) * kept / (1 - lora.dropout)
-    return (module.base_layer(x) + (dropped @ lora.a.T @ lora.b.T) * lora.scale).to(x.dtype)
+    dropped = x.to(lora.a.dtype) * keep_mask(draw.keys, draw.module(slot), x.shape[-1], lora.dropout)
+    return (module.base_layer(x) + (dropped @ lora.a.T @ lora.b.T) * (lora.scale / (1 - lora.dropout))).to(x.dtype)
 
 
 def keep_mask(keys: Tensor, module: int, columns: int, p: float) -> Tensor:
     """[*keys, columns] bool: False where dropout of rate p takes an element; the definition of what the kernels compute."""
-    row = _mix(keys.long() + module * GOLDEN)[..., None]
-    column = _mix(torch.arange(columns, device=keys.device) + 1)
-    z = ((row ^ column) * 0x7FEB352D) & MASK32
-    z = ((z ^ (z >> 15)) * 0x846CA68B) & MASK32
-    return (z >> 1) >= threshold(p)
+    row = _mix(keys + signed(module * GOLDEN))[..., None]
+    column = _mix(torch.arange(1, columns + 1, dtype=torch.int32, device=keys.device))
+    z = (row ^ column).mul_(0x7FEB352D)
+    z ^= _shift(z, 15)
+    z *= signed(0x846CA68B)
+    return _shift(z, 1) >= threshold(p)
 
 
 def token_keys(record: int, positions: Tensor) -> Tensor:
     """int32 keys of a record's tokens: record is any number of 32 bits, positions [T] count from its first token."""
-    return _mix(positions.long() * GOLDEN + record).to(torch.uint32).view(torch.int32)
+    return _mix(positions.to(torch.int32) * signed(GOLDEN) + signed(record))
 
 
 def threshold(p: float) -> int:
@@ -95,9 +94,18 @@ def threshold(p: float) -> int:
     return round(p * 2**31)
 
 
+def signed(x: int) -> int:
+    """The low 32 bits of x, read as a signed number."""
+    return (x + 2**31) % 2**32 - 2**31
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int32, whose own keeps the sign."""
+    return (x >> bits).bitwise_and_((1 << 32 - bits) - 1)
+
+
 def _mix(x: Tensor) -> Tensor:
-    """A permutation of 32-bit numbers (held in int64) whose every output bit depends on every input bit ("lowbias32")."""
-    x = x & MASK32
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK32
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK32
-    return x ^ (x >> 16)
+    """A permutation of 32-bit numbers whose every output bit depends on every input bit ("lowbias32")."""
+    x = (x ^ _shift(x, 16)) * 0x7FEB352D
+    x = (x ^ _shift(x, 15)) * signed(0x846CA68B)
+    return x ^ _shift(x, 16)

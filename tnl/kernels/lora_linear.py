@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tnl.kernels.lora import GOLDEN, threshold
+from tnl.kernels.lora import GOLDEN, signed, threshold
 
 MULTIPROCESSORS = 132
 """A card's, near enough to choose how often a sum is split; the same on every card, so that the bits are."""
@@ -103,7 +103,7 @@ def row_product(x: Tensor, a: Tensor, scale: float, p: float, keys: Tensor | Non
     T, R = x.shape[0], a.shape[0]
     h = torch.empty(T, R, dtype=torch.float32, device=x.device)
     row_kernel[(triton.cdiv(T, 16),)](
-        x, a, h, keys, _salt(module), threshold(p), scale, T, x.stride(0), a.stride(0), a.stride(1),
+        x, a, h, keys, signed(module * GOLDEN), threshold(p), scale, T, x.stride(0), a.stride(0), a.stride(1),
         **_options(x, R, 16, 256 if R <= 16 else 128 if R <= 64 else 64, p), num_warps=4, num_stages=4 if R <= 64 else 2,
     )  # fmt: skip
     return h
@@ -118,7 +118,7 @@ def column_product(h: Tensor, x: Tensor, p: float, keys: Tensor | None, module: 
     pieces = triton.cdiv(T, span)
     sums = torch.empty((pieces, D, R) if transposed else (pieces, R, D), dtype=torch.float32, device=x.device)
     column_kernel[(triton.cdiv(D, block), pieces)](
-        h, x, sums, keys, _salt(module), threshold(p), T, span, x.stride(0), *((1, R) if transposed else (D, 1)),
+        h, x, sums, keys, signed(module * GOLDEN), threshold(p), T, span, x.stride(0), *((1, R) if transposed else (D, 1)),
         **_options(x, R, 64, block, p), num_warps=4, num_stages=3 if R <= 64 else 2,
     )  # fmt: skip
     return sums[0] if pieces == 1 else sums.sum(0)
@@ -128,15 +128,9 @@ def add_product(y: Tensor, h: Tensor, a: Tensor, p: float, keys: Tensor | None, 
     """y += drop(h a), in place: y [T, D] contiguous, h [T, R] float32, a [R, D] of any strides."""
     (T, D), R = y.shape, h.shape[1]
     add_kernel[(triton.cdiv(D, 128), triton.cdiv(T, 64))](
-        y, h, a, keys, _salt(module), threshold(p), T, a.stride(0), a.stride(1),
+        y, h, a, keys, signed(module * GOLDEN), threshold(p), T, a.stride(0), a.stride(1),
         **_options(y, R, 64, 128, p), num_warps=4, num_stages=1,
     )  # fmt: skip
-
-
-def _salt(module: int) -> int:
-    """What a module adds to the tokens' keys, as a signed number of 32 bits."""
-    salt = module * GOLDEN & 0xFFFFFFFF
-    return salt - 2**32 if salt >= 2**31 else salt
 
 
 def _options(x: Tensor, R: int, BT: int, BD: int, p: float) -> dict[str, object]:

@@ -199,7 +199,9 @@ class _Stream:
         window = slice(segment.start, segment.stop)
         ids = to_device(self.batch["input_ids"][:, window].long(), self.device)
         positions = to_device(self.positions(segment).long(), self.device)
-        out = self.inner(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        keys = self.batch.get("dropout_keys")
+        keys = None if keys is None else to_device(keys[:, window], self.device)
+        out = self.inner(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, dropout_keys=keys)
         return out.last_hidden_state[0], cache.states  # type: ignore[return-value]
 
     def positions(self, segment: Segment) -> Tensor:

@@ -118,12 +118,15 @@ class StepResult:
 def step(model: nn.Module, records: Sequence[dict[str, Any]], rows: Rows, seed: int | None = None) -> StepResult:
     """Add the gradients of one optimizer step to the parameters, which had none.
 
-    seed: where the step's random numbers (dropout) start, so that a repeated step repeats them. Reads nothing from the device.
+    seed: where the step's random numbers start, so that a repeated step repeats them; an adapter's dropout masks are a function of it,
+    of the record's id and of the token's position in the record, however rows are laid out. Reads nothing from the device.
     Raises DataError where no token is supervised, MemoryBudgetError where even the smallest rows do not fit.
     """
     supervised = sum(map(count_supervised, records))
     if not supervised:
         raise DataError(names(records), "no token of these records is supervised", "Give records with an answer.")
+    if seed is not None:
+        records = [{**record, "draw": seed_of(seed, str(record["id"]))} for record in records]
     while True:
         if seed is not None:
             seed_all(seed)
