@@ -27,6 +27,7 @@ TARGETS = {
     "evaluate": "tnl.evaluate.run:run",
     "merge": "tnl.adapter.merge:run",
     "download": "tnl.hub:run",
+    "push": "tnl.hubs.push:run",
     "demo": "tnl.train.demo:run",
 }
 SMALLER_STEP = "Use a smaller train.per_device_train_batch_size or data.max_length."
@@ -191,6 +192,18 @@ def download(
 ) -> None:
     """Fetch weights, config and tokenizer of a model: no code; an interrupted download goes on."""
     _call("download", repo, hub, revision, out)
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="owner/name; it is made if it is not there.")],
+    hub: Annotated[str, typer.Option(help="huggingface or modelscope.")] = "huggingface",
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see it; without it the repository is private.")] = False,
+    base: Annotated[str | None, typer.Option(help="owner/name of the base on that hub, where the run trained on a local folder.")] = None,
+) -> None:
+    """Upload a run's adapter with a model card: base, data, recipe, losses, samples."""
+    _call("push", run, repo, hub, public, base)
 
 
 @app.command()

@@ -29,13 +29,18 @@ def home() -> Path:
     return absolute("~")
 
 
+def is_repository(text: str) -> bool:
+    """Whether a word is written as a hub's owner/name."""
+    return _REPOSITORY.fullmatch(text) is not None
+
+
 def looks_like_path(text: str) -> bool:
     """Whether a word names a place on this machine rather than a hub's owner/name.
 
     It does where it exists, where its parent folder exists, and where it is written as only a path is:
     /x, ./x, ../x, ~/x, a\\b, C:\\x, x, a/b/c.
     """
-    if not _REPOSITORY.fullmatch(text):
+    if not is_repository(text):
         return True
     path = Path(text)
     return path.exists() or path.parent.is_dir()

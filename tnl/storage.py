@@ -57,11 +57,13 @@ def free_bytes(path: Path) -> int:
         return 0
 
 
-def require_space(path: Path, needed: int) -> None:
-    """Raise StorageError unless the disk of path has that many bytes free."""
+CHECKPOINTS = "Free some space, keep fewer checkpoints (train.save_total_limit), or name a folder on another disk."
+
+
+def require_space(path: Path, needed: int, todo: str = CHECKPOINTS) -> None:
+    """Raise StorageError, which says what to do, unless the disk of path has that many bytes free."""
     free = free_bytes(path)
     if free < needed:
-        todo = "Free some space, keep fewer checkpoints (train.save_total_limit), or name a folder on another disk."
         raise StorageError(path, f"too little space ({needed:,} bytes needed, {free:,} bytes free)", todo)
 
 

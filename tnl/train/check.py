@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tnl import paths
 from tnl.data.build import Dataset, Report, build
 from tnl.errors import MemoryBudgetError
 from tnl.evaluate.perplexity import IGNORED, count_supervised
+from tnl.hubs.files import WEIGHTS
 from tnl.model.convert import HEAD, check_keys, headers, weight_files
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.recipe.load import Recipe, load
@@ -38,11 +40,14 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), *, memory: float | Non
     recipe = load(recipe_path, overrides)
     for line in recipe.notices:
         say(line)
-    base = prepare(recipe)
-    check_weights(base)
+    base = prepare(recipe, weights=False)
     output = Path(recipe.train.output_dir)
-    if occupied(output):
-        open_run(output, fingerprint_of(recipe, base))
+    if not has_weights(base.folder) and not paths.looks_like_path(recipe.model.path):
+        say(f"{recipe.model.path}: config and tokenizer are here; tnl train fetches the weights")
+    else:
+        check_weights(base)
+        if occupied(output):
+            open_run(output, fingerprint_of(recipe, base))
     data = build(recipe.data, base.tokenizer, seed=recipe.train.seed)  # type: ignore[arg-type]
     _, settings = arguments.build(recipe.train, recipe.where, Path(recipe.train.output_dir), base.device, bool(data.eval))
     show_statistics(data.report, recipe)
@@ -56,6 +61,11 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), *, memory: float | Non
     layout = show_memory(recipe, base, data, memory)
     if memory is None:
         show_time(recipe, base, data, layout, count_steps(data, recipe, settings) / per_epoch(data, settings))
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a model's folder holds more than config and tokenizer."""
+    return any(path for kind in WEIGHTS for path in folder.glob(kind))
 
 
 def check_weights(base: Base) -> None:

@@ -87,6 +87,7 @@ def train(recipe: Recipe, memory: float | None, allow: Sequence[str] = ()) -> Ru
         rows.say = live.say
         trainer.where = recipe.where
         trainer.about = describe_result(work, recipe, lora.is_adapted(model))
+        work.update_metadata(data=counts(data))
         trainer.preflight()
         samples = sample_before(work, recipe, base, data, model, folder, stop)
         if stop.requested:
@@ -116,9 +117,9 @@ class Base:
     dtype: torch.dtype
 
 
-def prepare(recipe: Recipe, memory: float | None = None) -> Base:
-    """Find the base model and decide where it is trained, and in which numbers."""
-    folder = hub.resolve(recipe.model.path, recipe.model.hub, recipe.model.revision)
+def prepare(recipe: Recipe, memory: float | None = None, *, weights: bool = True) -> Base:
+    """Find the base model and decide where it is trained, and in which numbers. weights: False leaves those of a repository there."""
+    folder = hub.resolve(recipe.model.path, recipe.model.hub, recipe.model.revision, weights=weights)
     config = read_config(folder)
     device = pick_device("cpu" if recipe.train.use_cpu else "auto")
     # read when cuBLAS first runs: the same recipe gives the same bits on a GPU too
@@ -304,6 +305,13 @@ def closing(live: callbacks.Live) -> Iterator[None]:
 def say(line: str) -> None:
     """A line for the person."""
     console.print(line, markup=False)
+
+
+def counts(data: Dataset) -> dict[str, int]:
+    """What was trained on, for run.json."""
+    report = data.report
+    named = {"records": report.train_records, "held_out": report.eval_records}
+    return {**named, "tokens": report.tokens, "learned_tokens": report.supervised}
 
 
 def show_data(data: Dataset) -> None:

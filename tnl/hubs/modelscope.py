@@ -1,0 +1,130 @@
+"""modelscope.cn through its own library, which goes on where a download was cut off and holds every file against the hub's SHA-256."""
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tnl.errors import ModelError, RecipeError
+from tnl.hubs import files
+from tnl.hubs.files import Remote
+
+HUB = "modelscope"
+
+
+def library() -> Any:
+    """modelscope_hub, the part of modelscope that talks to the hub. Raises RecipeError where it is not installed."""
+    try:
+        return importlib.import_module("modelscope_hub")
+    except ImportError:
+        todo = "Install it: pip install 'tnl[modelscope]'."
+        raise RecipeError("", "the hub modelscope needs the package modelscope, which is not installed", todo) from None
+
+
+def fetch(repo: str, revision: str | None, out: Path | None, weights: bool) -> Path:
+    """Bring a repository's files here and return their folder. Without a network, what is here already counts, if it is whole.
+
+    Raises ModelError (absent, refused, unreachable, wrong contents), StorageError (too little space), RecipeError (not installed).
+    """
+    hub = library()
+    with worded(repo, revision):
+        api = api_for(hub, repo)
+        try:
+            entries = api.list_repo_files(repo, "model", revision=revision)
+        except hub.errors.HubError as error:
+            if not may_pass(error):
+                raise
+            return cached(api, repo, revision, out, weights, error)
+    listed = [Remote(entry.path, entry.size or 0, entry.sha256) for entry in entries if entry.type != "tree"]
+    wanted = files.select(listed, weights)
+    if weights and not any(files.matches(file.name, files.WEIGHTS) for file in wanted):
+        raise files.without_weights(repo, [file.name for file in listed])
+    folder = here(api, repo, revision, out)
+    missing = [file for file in wanted if folder is None or not is_whole(folder / file.name, file.size)]
+    if folder is not None and not missing:
+        return folder  # the library would hash every file anew
+    root = out or folder
+    files.require_room(root or Path(hub.get_default_config().cache_dir), missing, partly=root is not None)
+    allowed = [files.literally(file.name) for file in wanted]
+    with worded(repo, revision):
+        return Path(api.download_repo(repo, "model", **options(revision, out), allow_patterns=allowed))
+
+
+def api_for(hub: Any, repo: str) -> Any:
+    """The client for the site that has the repository: MODELSCOPE_ENDPOINT, else modelscope.cn, else modelscope.ai."""
+    api = hub.HubApi()
+    with contextlib.suppress(hub.errors.HubError):
+        return hub.HubApi(endpoint=api.resolve_endpoint_for_read(repo))
+    return api
+
+
+def options(revision: str | None, out: Path | None) -> dict[str, Any]:
+    """Where and what, in the library's words."""
+    return {"revision": revision, **({"local_dir": out} if out is not None else {})}
+
+
+def is_whole(path: Path, size: int) -> bool:
+    """Whether a file is here in its full size; the library gives a file its name only when its SHA-256 is right."""
+    return path.is_file() and path.stat().st_size == size
+
+
+def here(api: Any, repo: str, revision: str | None, out: Path | None) -> Path | None:
+    """The folder that an earlier download left, whole or not."""
+    with contextlib.suppress(library().errors.HubError):
+        return Path(api.download_repo(repo, "model", **options(revision, out), local_files_only=True))
+    return None
+
+
+def cached(api: Any, repo: str, revision: str | None, out: Path | None, weights: bool, error: Exception) -> Path:
+    """The same, where it is whole as far as can be told without the hub; else the error is raised."""
+    folder = here(api, repo, revision, out)
+    if folder is None or files.partial_bytes(folder) or not (folder / "config.json").is_file():
+        raise error
+    if weights and not any(path for kind in files.WEIGHTS for path in folder.glob(kind)):
+        raise error
+    return folder
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether it may be better next time, so that what is here may stand in."""
+    return bool(getattr(error, "retryable", False))
+
+
+@contextlib.contextmanager
+def worded(repo: str, revision: str | None = None) -> Iterator[None]:
+    """Turn what the library raises into one line."""
+    errors = library().errors
+    try:
+        yield
+    except ModelError:
+        raise
+    except errors.FileDownloadError as error:
+        name, first = next(iter(error.failed_files.items()), ("", error))
+        with worded(repo, revision):
+            if isinstance(first, errors.FileIntegrityError):
+                raise files.wrong_hash(repo, HUB, name) from None
+            raise first from None
+    except (errors.AuthenticationError, errors.PermissionDeniedError) as error:
+        raise files.refused(repo, HUB, f"{error.status_code}: a login is needed, or the token may not do this") from None
+    except errors.NotExistError as error:
+        if revision is not None and "revision" in str(error).lower():
+            raise files.no_revision(repo, HUB, revision) from None
+        raise files.absent(repo, HUB) from None
+    except errors.RateLimitError as error:
+        raise files.busy(repo, HUB, error.retry_after) from None
+    except errors.InvalidParameter as error:
+        raise files.absent(repo, HUB) from error
+    except errors.HubError as error:
+        raise files.unreachable(repo, HUB, error.__cause__ or error) from error
+
+
+def push(repo: str, folder: Path, private: bool, message: str) -> str:
+    """Upload a folder into a repository, which is made if it is not there. Returns its address. Raises ModelError, RecipeError."""
+    hub = library()
+    with worded(repo):
+        api = hub.HubApi()
+        with contextlib.suppress(hub.errors.AlreadyExistsError):
+            api.create_repo(repo, "model", visibility="private" if private else "public")
+        api.upload_folder(repo, "model", folder, commit_message=message, use_cache=False, disable_tqdm=True)
+    return f"{api.legacy.endpoint}/models/{repo}"
