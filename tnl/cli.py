@@ -38,6 +38,7 @@ LESS_MEMORY = {
     "serve": SMALLER_MODEL.replace("or a smaller model", "a smaller model, or fewer --slots"),
     "merge": "Use --dtype bfloat16, or a machine with more memory: the whole model must fit.",
     "download": "End other programs, then repeat: what was fetched is kept.",
+    "push": "End other programs, then repeat.",
 }
 """What helps where memory ends outside a training step, which has its own advice."""
 STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.EFBIG}

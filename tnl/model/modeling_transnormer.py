@@ -236,8 +236,7 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,  # [B, T], -100 where a token is not supervised
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        dropout_keys: Tensor | None = None,
-        **kwargs: Any,  # output_hidden_states, return_dict; num_items_in_batch: what the summed loss is divided by
+        **kwargs: Any,  # output_hidden_states, return_dict, dropout_keys; num_items_in_batch: what the summed loss is divided by
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Arguments as TransnormerModel.forward. The loss is the usual shift by one; no sequence predicts the next one's first token."""
         as_dict = kwargs.pop("return_dict", None) is not False
@@ -249,7 +248,7 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=False if labels is not None and use_cache is None else use_cache,
             output_hidden_states=kwargs.pop("output_hidden_states", None),
-            dropout_keys=dropout_keys,
+            dropout_keys=kwargs.pop("dropout_keys", None),
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
         logits = self.lm_head(out.last_hidden_state[:, kept if isinstance(logits_to_keep, int) else logits_to_keep])
