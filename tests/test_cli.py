@@ -105,7 +105,7 @@ def test_every_target_exists_and_takes_what_it_is_given(command: str) -> None:
     target = getattr(importlib.import_module(module), function)
     options = typer.main.get_command(cli.app).commands[command].params  # type: ignore[attr-defined]
     names = [parameter.name for parameter in options if parameter.name != "help"]
-    positional = {"serve": ("model_or_run", "host", "port")}.get(command, names)
+    positional = {"serve": ("model_or_run", "host", "port"), "page": ("model_or_run", "server", "port")}.get(command, names)
     by_name = ("memory", "allow_change", *(cli.TALK if command in ("chat", "generate") else ()))
     shared = [name for name in names if name in by_name or name not in positional]
     inspect.signature(target).bind(*(name for name in names if name not in shared), **dict.fromkeys(shared))

@@ -24,6 +24,7 @@ TARGETS = {
     "chat": "tnl.generate.chat:run",
     "generate": "tnl.generate.run:run",
     "serve": "tnl.serve.run:run",
+    "page": "tnl.page.run:run",
     "evaluate": "tnl.evaluate.run:run",
     "merge": "tnl.adapter.merge:run",
     "download": "tnl.hub:run",
@@ -35,7 +36,7 @@ SMALLER_MODEL = "Use --dtype bfloat16, --device cpu or a smaller model."
 LESS_MEMORY = {
     **dict.fromkeys(("train", "resume", "check", "evaluate", "demo"), SMALLER_STEP),
     **dict.fromkeys(("chat", "generate"), SMALLER_MODEL),
-    "serve": SMALLER_MODEL.replace("or a smaller model", "a smaller model, or fewer --slots"),
+    **dict.fromkeys(("serve", "page"), SMALLER_MODEL.replace("or a smaller model", "a smaller model, or fewer --slots")),
     "merge": "Use --dtype bfloat16, or a machine with more memory: the whole model must fit.",
     "download": "End other programs, then repeat: what was fetched is kept.",
     "push": "End other programs, then repeat.",
@@ -57,6 +58,10 @@ Base = Annotated[str | None, typer.Option(help="The base model, where it is no l
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file such as those in recipes/.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Values that replace the recipe's.")]
 Talker = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A model's folder or repository, demo, or the folder of a run.")]
+Adapters = Annotated[Path | None, typer.Option(help="A folder of adapters or runs, each served by its name beside the base.")]
+Runs = Annotated[Path | None, typer.Option(help="The folder of runs that GET /v1/runs shows; without it output/, if it is there.")]
+ApiKey = Annotated[str | None, typer.Option(envvar="TNL_API_KEY", help="Whoever asks must give it.")]
+Slots = Annotated[int | None, typer.Option(min=1, help="Answers that run at a time.")]
 Decorated = TypeVar("Decorated", bound=Callable[..., None])
 TALK: dict[str, tuple[Any, Any]] = {
     "system": (Annotated[str | None, typer.Option(help="The system prompt; without it that of the run.")], None),
@@ -146,13 +151,11 @@ def serve(
     model_or_run: Talker,
     host: Annotated[str, typer.Option(help="The address to listen on; anything but 127.0.0.1 can be reached from outside.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port.")] = 8000,
-    adapters: Annotated[Path | None, typer.Option(help="A folder of adapters or runs, each served by its name beside the base.")] = None,
-    runs: Annotated[
-        Path | None, typer.Option(help="The folder of runs that GET /v1/runs shows; without it output/, if it is there.")
-    ] = None,
+    adapters: Adapters = None,
+    runs: Runs = None,
     merge: Annotated[bool, typer.Option(help="Merge a single adapter into its base; --no-merge serves both.")] = True,
-    api_key: Annotated[str | None, typer.Option(envvar="TNL_API_KEY", help="Whoever asks must give it.")] = None,
-    slots: Annotated[int | None, typer.Option(min=1, help="Answers that run at a time.")] = None,
+    api_key: ApiKey = None,
+    slots: Slots = None,
     **options: Any,
 ) -> None:
     """Answer OpenAI's API over HTTP: many conversations at a time, memory that does not grow."""
@@ -160,6 +163,23 @@ def serve(
         runs = Path("output")
     own = {"adapters": adapters, "runs": runs, "merge": merge, "api_key": api_key, "slots": slots}
     _call("serve", model_or_run, host, port, **own, **options)
+
+
+@app.command()
+@_talks
+def page(
+    model_or_run: Annotated[str | None, typer.Argument(metavar="MODEL_OR_RUN", help="As for serve; left out with --server.")] = None,
+    server: Annotated[str | None, typer.Option(metavar="URL", help="A server that runs, instead of one of its own.")] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The page's port.")] = 8501,
+    adapters: Adapters = None,
+    runs: Runs = None,
+    api_key: ApiKey = None,
+    slots: Slots = None,
+    **options: Any,
+) -> None:
+    """Chat in the browser, the adapter beside its base, and follow training; for this machine alone."""
+    own = {"adapters": adapters, "runs": runs, "slots": slots}
+    _call("page", model_or_run, server, port, api_key=api_key, **own, **options)
 
 
 @app.command()

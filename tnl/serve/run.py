@@ -130,7 +130,7 @@ def prepare(model_or_run: str, serving: Serving, options: Mapping[str, Any]) -> 
     served = Served(base, talker.template, talker.system, talker.settings)
     weights = hub.DEMO if model.name_or_path == "demo" else Path(model.name_or_path)
     if beside:
-        base = served_name(str(model.name_or_path))
+        base = served_name("demo" if weights == hub.DEMO else str(weights))
         # the adapter's own ways of asking are its own; the base is asked as a base
         template = TEMPLATES[wanted.get("template") or "chatml"]
         served = Served(base, template, wanted.get("system"), choose_settings(Metadata(), weights))
