@@ -150,6 +150,7 @@ def parity_cases() -> list[Case]:
     cases += [Case(1, 333, 4, K=K, V=V, sequences=5) for K, V in dims]
     cases += [Case(1, 333, 4, dtype=half, sequences=5), Case(1, 333, 2, dtype=full, K=256, sequences=5)]
     cases += [Case(1, 1000, 32, sequences=7, silu=True), Case(1, 1024, 32, silu=True, fused=True)]
+    cases += [Case(2, T, 32, 15, sequences=n, silu=True, states=n > 0) for T in (65, 500, 2049) for n in (0, 4)]
     return cases + [Case(1, 131072, 2, layer) for layer in (0, 29)]
 
 

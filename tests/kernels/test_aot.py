@@ -58,11 +58,25 @@ def configurations(thorough: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
     for dtype, K, V in ((bf, 128, 128), (bf, 256, 128), (full, 256, 256)):
         args = *(torch.empty(2, 4, d, dtype=dtype) for d in (K, K, V)), torch.empty(4), torch.empty(2, 4, K, V)
         yield f"step {dtype} K {K} V {V}", lambda a=args: lightning_step(*a, silu=True)
+    for R, p, dtype in ((8, 0.1, bf), (64, 0.1, full), (256, 0.0, full), *(((256, 0.1, bf), (32, 0.1, full)) if thorough else ())):
+        yield f"LoRA rank {R} {dtype}", lambda R=R, p=p, dtype=dtype: thin_products(R, p, dtype)
     for D, dtype in ((4096, bf), (16384, full)):
         x = torch.empty(2, D, dtype=dtype, requires_grad=True)
         u = torch.empty(2, D, dtype=dtype)
         yield f"norm {D} {dtype}", lambda x=x: simple_rms_norm(x).sum().backward()
         yield f"norm gate {D} {dtype}", lambda x=x, u=u: norm_gate(x, u).sum().backward()
+
+
+def thin_products(R: int, p: float, dtype: Any) -> None:
+    """LoRA's three kernels."""
+    import torch
+
+    from tnl.kernels.lora_linear import add_product, column_product, row_product
+
+    x, a, keys = torch.empty(512, 4096, dtype=dtype), torch.empty(R, 4096), torch.empty(512, dtype=torch.int32)
+    h = row_product(x, a, 1.0, p, keys, 1)
+    column_product(h, x, p, keys, 1)
+    add_product(x, h, a, p, keys, 1)
 
 
 def compile_for(capability: int, thorough: bool) -> dict[str, Any]:

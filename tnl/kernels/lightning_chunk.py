@@ -63,7 +63,7 @@ def _padded(n: int) -> int:
     return max(16, triton.next_power_of_2(n))
 
 
-def plan(device: Device, dtype: torch.dtype, T: int, programs: int, X: int, Z: int, sweeps: int = 1) -> Plan:
+def plan(device: Device, dtype: torch.dtype, T: int, programs: int, X: int, Z: int, sweeps: int = 1, silu: bool = False) -> Plan:
     """Cut for a sweep with state [X, Z] over `programs` = batch x heads rows of T tokens.
 
     Fewer, wider blocks repeat less of x y^T; the multiprocessors want at least one program each.
@@ -84,7 +84,8 @@ def plan(device: Device, dtype: torch.dtype, T: int, programs: int, X: int, Z: i
             stages -= 1
         else:
             chunk //= 2
-    return Plan(chunk, block, 8 if xp * block >= 256 * 64 else 4, stages, segments)
+    # triton 3.6 miscompiles SiLU inside a product whose left operand then stays in registers: of 4 warps it does (docs/log.md)
+    return Plan(chunk, block, 8 if silu or xp * block >= 256 * 64 else 4, stages, segments)
 
 
 def _shared(chunk: int, block: int, xp: int, width: int, stages: int) -> int:
@@ -187,7 +188,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """`lightning_attention` without checks and gradients; cut: a plan to take, out: where o goes."""
     (B, T, H, K), V = q.shape, v.shape[3]
-    cut = cut or plan(device_of(q), q.dtype, T, B * H, K, V)
+    cut = cut or plan(device_of(q), q.dtype, T, B * H, K, V, silu=silu)
     o = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device) if out is None else out
     final = torch.empty(B, H, K, V, dtype=torch.float32, device=q.device)
     restart = None if segment_start is None else restart_state
@@ -218,7 +219,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v, of the initial state and of the restart state (None without one); out: where the first three go."""
     (B, T, H, K), V = q.shape, v.shape[3]
-    cut = cut or plan(device_of(q), q.dtype, T, B * H, max(K, V), max(K, V), sweeps=3)
+    cut = cut or plan(device_of(q), q.dtype, T, B * H, max(K, V), max(K, V), sweeps=3, silu=silu)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)) if out is None else out
     do = do if do.stride(3) == 1 else do.contiguous()
     d_final = None if d_final is None else d_final.contiguous()

@@ -104,7 +104,7 @@ def row_product(x: Tensor, a: Tensor, scale: float, p: float, keys: Tensor | Non
     h = torch.empty(T, R, dtype=torch.float32, device=x.device)
     row_kernel[(triton.cdiv(T, 16),)](
         x, a, h, keys, signed(module * GOLDEN), threshold(p), scale, T, x.stride(0), a.stride(0), a.stride(1),
-        **_options(x, R, 16, 256 if R <= 16 else 128 if R <= 64 else 64, p), num_warps=4, num_stages=4 if R <= 64 else 2,
+        **_options(x, R, 16, 256 if R <= 16 else 64 if R <= 64 else 32, p), num_warps=4, num_stages=4 if R <= 16 else 2,
     )  # fmt: skip
     return h
 
@@ -112,14 +112,14 @@ def row_product(x: Tensor, a: Tensor, scale: float, p: float, keys: Tensor | Non
 def column_product(h: Tensor, x: Tensor, p: float, keys: Tensor | None, module: int, *, transposed: bool = False) -> Tensor:
     """h^T drop(x), [R, D] float32 (transposed: [D, R]): h [T, R] float32, x [T, D] with rows side by side."""
     (T, D), R = x.shape, h.shape[1]
-    block = 128 if R <= 32 else 64
+    block = 128 if R <= 16 else 64 if R <= 64 else 32
     pieces = max(1, min(2 * MULTIPROCESSORS // triton.cdiv(D, block), T // 256))
     span = triton.cdiv(triton.cdiv(T, pieces), 64) * 64
     pieces = triton.cdiv(T, span)
     sums = torch.empty((pieces, D, R) if transposed else (pieces, R, D), dtype=torch.float32, device=x.device)
     column_kernel[(triton.cdiv(D, block), pieces)](
         h, x, sums, keys, signed(module * GOLDEN), threshold(p), T, span, x.stride(0), *((1, R) if transposed else (D, 1)),
-        **_options(x, R, 64, block, p), num_warps=4, num_stages=3 if R <= 64 else 2,
+        **_options(x, R, 64 if R <= 64 else 32, block, p), num_warps=4, num_stages=3 if R <= 16 else 2,
     )  # fmt: skip
     return sums[0] if pieces == 1 else sums.sum(0)
 
@@ -127,9 +127,10 @@ def column_product(h: Tensor, x: Tensor, p: float, keys: Tensor | None, module: 
 def add_product(y: Tensor, h: Tensor, a: Tensor, p: float, keys: Tensor | None, module: int) -> None:
     """y += drop(h a), in place: y [T, D] contiguous, h [T, R] float32, a [R, D] of any strides."""
     (T, D), R = y.shape, h.shape[1]
-    add_kernel[(triton.cdiv(D, 128), triton.cdiv(T, 64))](
+    BT, BD = (64, 128) if R <= 32 else (32, 32)
+    add_kernel[(triton.cdiv(D, BD), triton.cdiv(T, BT))](
         y, h, a, keys, signed(module * GOLDEN), threshold(p), T, a.stride(0), a.stride(1),
-        **_options(y, R, 64, 128, p), num_warps=4, num_stages=1,
+        **_options(y, R, BT, BD, p), num_warps=4, num_stages=1,
     )  # fmt: skip
 
 
