@@ -71,7 +71,9 @@ def plan(device: Device, dtype: torch.dtype, T: int, programs: int, X: int, Z: i
     width = 4 if dtype == torch.float32 else 2
     chunk = 32 if width == 4 else 64
     block = min(_padded(Z), 64 if width == 2 else 32)
-    while block > 16 and programs * -(-Z // block) * 2 <= device.multiprocessors * 5 // 4:
+    # triton 3.6 miscompiles SiLU before a product with fewer columns, its left operand staying in registers (docs/log.md)
+    least = block if silu else 16
+    while block > least and programs * -(-Z // block) * 2 <= device.multiprocessors * 5 // 4:
         block //= 2
     blocks = -(-Z // block)
     # the backward pass hides one segment's latency behind another's; wide blocks want the registers that stages take
@@ -84,8 +86,7 @@ def plan(device: Device, dtype: torch.dtype, T: int, programs: int, X: int, Z: i
             stages -= 1
         else:
             chunk //= 2
-    # triton 3.6 miscompiles SiLU inside a product whose left operand then stays in registers: of 4 warps it does (docs/log.md)
-    return Plan(chunk, block, 8 if silu or xp * block >= 256 * 64 else 4, stages, segments)
+    return Plan(chunk, block, 8 if xp * block >= 256 * 64 else 4, stages, segments)
 
 
 def _shared(chunk: int, block: int, xp: int, width: int, stages: int) -> int:

@@ -6,6 +6,7 @@ Between two operations travels what the next one makes its input of (`Mixed`, `H
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tnl.kernels import lightning_chunk
@@ -91,18 +92,19 @@ def attention_norm_gate(
     heads = log_decay.shape[0]
     q, k, v, u = qkvu.chunk(4, -1)
     q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q, k, v))
-    silu = activation in SILU and rotary is None and lengths is None
+    step = q.shape[1] == 1 and segment_start is None and initial_state is not None and not torch.is_grad_enabled()
+    silu = step and activation in SILU and rotary is None and lengths is None
     if not silu and (act := ACTIVATIONS.get(activation)):
         q, k = act(q), act(k)
     if rotary is not None:
         q, k = linear_relative_position(q, rotary), linear_relative_position(k, rotary)
     if real is not None:
         v = v * real[..., None, None]
-    if q.shape[1] == 1 and segment_start is None and initial_state is not None and not torch.is_grad_enabled():
+    if step and initial_state is not None:
         state = initial_state.clone(memory_format=torch.contiguous_format)
         o = lightning_step(q[:, 0], k[:, 0], v[:, 0], log_decay, state, silu=silu)[:, None]
     else:
-        o, state = lightning_attention(q, k, v, log_decay, segment_start=segment_start, initial_state=initial_state, silu=silu)
+        o, state = lightning_attention(q, k, v, log_decay, segment_start=segment_start, initial_state=initial_state)
     if lengths is not None:
         state = padded_final_state(k, v, log_decay, lengths, segment_start, initial_state)
     return (u * norm(o.flatten(2)) if eps is None else Mixed(o.flatten(2), u, eps)), state
@@ -111,17 +113,18 @@ def attention_norm_gate(
 class _Attention(torch.autograd.Function):
     """Attention of SiLU(q), SiLU(k) and v as they lie in qkvu [B, T, 4E]: o [B, T, E], u as it is, and the final state.
 
-    The gradient of qkvu is written in place, into one tensor.
+    SiLU is made by itself, forward and again backward: inside the sweeps every block of columns would make it anew. The gradient
+    of qkvu is written in place, into one tensor.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, qkvu: Tensor, log_decay: Tensor, segment_start: Tensor | None, initial_state: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        parts = *_heads(qkvu, len(log_decay)), log_decay
+        parts = *_activated(qkvu, len(log_decay)), log_decay
         lightning_chunk.check(*parts, segment_start, initial_state, None)
         start, initial = (None if x is None else x.contiguous() for x in (segment_start, initial_state))
-        o, state = lightning_chunk.forward(*parts, start, initial, None, True)
+        o, state = lightning_chunk.forward(*parts, start, initial, None, False)
         ctx.save_for_backward(qkvu, log_decay, start, initial)
         ctx.set_materialize_grads(False)
         return o.flatten(2), qkvu[..., -o.shape[2] * o.shape[3] :], state
@@ -129,22 +132,25 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, du: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         qkvu, log_decay, start, initial = ctx.saved_tensors
+        heads, E = len(log_decay), qkvu.shape[-1] // 4
         d_qkvu = torch.empty_like(qkvu, memory_format=torch.contiguous_format)
-        E = qkvu.shape[-1] // 4
         do = qkvu.new_zeros(*qkvu.shape[:2], E) if do is None else do
         d_qkvu[..., 3 * E :] = 0 if du is None else du
-        out = _heads(d_qkvu, len(log_decay))
-        parts = *_heads(qkvu, len(log_decay)), log_decay
+        dq, dk, dv, _ = d_qkvu.unflatten(-1, (4, heads, -1)).unbind(2)
+        parts = *_activated(qkvu, heads), log_decay
         *_, d_initial, _ = lightning_chunk.backward(
-            do.unflatten(-1, (len(log_decay), -1)), d_final, *parts, start, initial, None, True, out=out
+            do.unflatten(-1, (heads, -1)), d_final, *parts, start, initial, None, False, out=(dq, dk, dv)
         )
+        both = d_qkvu[..., : 2 * E]
+        torch.ops.aten.silu_backward.grad_input(both, qkvu[..., : 2 * E], grad_input=both)
         return d_qkvu, None, None, d_initial if ctx.needs_input_grad[3] else None
 
 
-def _heads(qkvu: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v [B, T, H, E / H] as views."""
-    q, k, v, _ = qkvu.unflatten(-1, (4, heads, -1)).unbind(2)
-    return q, k, v
+def _activated(qkvu: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """SiLU(q), SiLU(k) and v, each [B, T, H, E / H]."""
+    E = qkvu.shape[-1] // 4
+    q, k = F.silu(qkvu[..., : 2 * E]).unflatten(-1, (2, heads, -1)).unbind(2)
+    return q, k, qkvu[..., 2 * E : 3 * E].unflatten(-1, (heads, -1))
 
 
 def fusable(module: Projection, x: Tensor, draw: Draw | None) -> Lora | None:
