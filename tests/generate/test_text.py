@@ -28,6 +28,11 @@ def test_a_broken_character_is_shown_at_the_end() -> None:
     assert "".join(stream([BYTES[0xE4], *TOKENIZER.sp_model.encode("b")])) == "\ufffd b"
 
 
+def test_rows_of_a_padded_vocabulary_have_no_text() -> None:
+    ids = TOKENIZER.sp_model.encode("ab")
+    assert "".join(stream([63999, *ids, 63999])) == "ab"
+
+
 @given(st.lists(st.one_of(st.integers(0, 5999), st.sampled_from(BYTES), st.just(TOKENIZER.sp_model.piece_to_id("▁"))), max_size=30))
 def test_any_ids_give_what_decoding_them_at_once_gives(ids: list[int]) -> None:
     assert "".join(stream(ids)) == TOKENIZER.decode(ids, skip_special_tokens=True)

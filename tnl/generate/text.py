@@ -21,6 +21,7 @@ class TextStream:
         self.stop = tuple(text for text in stop if text)
         self.stopped = False
         self._special = frozenset(tokenizer.all_special_ids)
+        self._pieces = self.sp.get_piece_size()
         self._head: list[int] | None = []
         """Ids from the start until one of them shows, since the first blank is no text; None from then on."""
         self._bytes = b""
@@ -41,7 +42,7 @@ class TextStream:
         return rest
 
     def _decoded(self, token_id: int) -> str:
-        if token_id in self._special:
+        if token_id in self._special or token_id >= self._pieces:  # a padded vocabulary has rows that stand for nothing
             return ""
         byte = BYTE.fullmatch(self.sp.id_to_piece(token_id)) if self.sp.is_byte(token_id) else None
         if byte:

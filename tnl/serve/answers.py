@@ -141,7 +141,9 @@ class TextWriter(Writer):
 
 
 def token_bytes(tokenizer: Any, token_id: int) -> bytes:
-    """A token's text as bytes; a byte piece is one byte, and half a character."""
+    """A token's text as bytes; a byte piece is one byte, and half a character. A padded vocabulary's further rows have none."""
+    if token_id >= tokenizer.sp_model.get_piece_size():
+        return b""
     piece = tokenizer.sp_model.id_to_piece(token_id)
     byte = BYTE.fullmatch(piece)
     return bytes.fromhex(byte.group(1)) if byte else piece.replace("▁", " ").encode("utf-8", "replace")
