@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tnl.page import client
 from tnl.page.client import Answer, Server, ServerError
 
 ASK = {"model": "teahouse", "messages": [{"role": "user", "content": "你好"}]}
@@ -134,7 +135,7 @@ def test_the_real_server(server: Server, live: Any) -> None:
 
 
 def test_leaving_frees_the_slot(server: Server, live: Any) -> None:
-    answers = [server.answer({**ASK, "max_tokens": 4000, "temperature": 2.0, "seed": seed}) for seed in range(3)]
+    answers = [server.answer({**ASK, "seed": seed}) for seed in range(3)]
     while not all(answer.text for answer in answers):
         assert not any(answer.error for answer in answers)
         time.sleep(0.01)
@@ -142,3 +143,13 @@ def test_leaving_frees_the_slot(server: Server, live: Any) -> None:
         answer.close()
     assert live.settled(2)
     assert {answer.finish for answer in answers} == {"stopped"} and all(answer.text for answer in answers)
+
+
+def test_an_answer_that_nobody_looks_at_is_left(server: Server, live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "UNSEEN", 0.5)
+    seen, unseen = server.answer(ASK), server.answer(ASK)
+    while unseen.finish is None:
+        seen.look()
+        time.sleep(0.02)
+    assert (unseen.finish, unseen.error, seen.finish) == ("stopped", "", None)
+    seen.close()

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import streamlit as st
-from streamlit.runtime.scriptrunner import RerunException
 
 from tnl.page import runs
 from tnl.page.client import Answer, Server, ServerError
@@ -133,8 +132,7 @@ def talk(server: Server, texts: Texts) -> None:
             show_question(turn)
             with st.chat_message("assistant"):
                 for answer, place in zip(turn.answers, places(turn.answers), strict=True):
-                    with place:
-                        show_answer(answer, texts)
+                    Box(answer, place).show(texts)
         if state.drawing:
             draw(server, state.drawing, texts)
 
@@ -168,27 +166,24 @@ def forget() -> None:
 
 
 def draw(server: Server, choice: Choice, texts: Texts) -> None:
-    """Ask for the last turn's answers, unless that is done, and show them as they come until all have ended."""
+    """Ask for the last turn's answers, unless that is done, and show them as they come until all have ended.
+
+    A control that is moved ends this script, and its next run goes on here. Where there is none, since the person has gone, nobody looks
+    at the answers any more, and they end.
+    """
     state = st.session_state
     turn: Turn = state.turns[-1]
     if not turn.answers:
         turn.answers = [server.answer(request(state.turns, model, choice.system, choice.sampling)) for model in choice.models]
-    try:
-        show_question(turn)
-        with st.chat_message("assistant"):
-            boxes = [place.empty() for place in places(turn.answers)]
-        going = True
-        while going:
-            going = any(answer.finish is None for answer in turn.answers)
-            for answer, box in zip(turn.answers, boxes, strict=True):
-                with box.container():
-                    show_answer(answer, texts)
-            time.sleep(TICK + len(turn.answers[0].text) / 200_000 if going else 0)
-    except RerunException:
-        raise  # the person has moved a control: the script's next run goes on from here
-    except BaseException:
-        stop()  # the person has gone
-        raise
+    show_question(turn)
+    with st.chat_message("assistant"):
+        boxes = [Box(answer, place) for answer, place in zip(turn.answers, places(turn.answers), strict=True)]
+    going = True
+    while going:
+        going = any(answer.finish is None for answer in turn.answers)
+        for box in boxes:
+            box.show(texts)
+        time.sleep(TICK + len(turn.answers[0].text) / 200_000 if going else 0)
     state.drawing = None
     st.rerun()
 
@@ -203,22 +198,34 @@ def show_question(turn: Turn) -> None:
         st.text(turn.question)
 
 
-def show_answer(answer: Answer, texts: Texts) -> None:
-    """Who answers, what was said so far, and what it took."""
-    st.caption(plain(answer.model))
-    if answer.text:
-        st.text(answer.text)
-    notes = [texts["speed"].format(tokens=answer.tokens, speed=f"{answer.tokens_per_second:.3g}")] if answer.tokens_per_second else []
-    notes += [texts[answer.finish]] if answer.finish in ("stopped", "length") else []
-    if answer.finish is None and not answer.text:
-        notes = [texts["reading"]]
-    if answer.finish == "stop" and not answer.text:
-        notes = [texts["empty"]]
-    if notes:
-        st.caption(" · ".join(notes))
-    if answer.finish == "error":
-        st.error(texts["failed"])
-        st.text(answer.error)
+class Box:
+    """One answer on the page: who answers, what was said so far, and what it took."""
+
+    def __init__(self, answer: Answer, place: Any) -> None:
+        self.answer = answer
+        with place:
+            st.caption(plain(answer.model))
+            self.text, self.note, self.fault = st.empty(), st.empty(), st.empty()
+
+    def show(self, texts: Texts) -> None:
+        """As it is now."""
+        answer = self.answer
+        answer.look()
+        if answer.text:
+            self.text.text(answer.text)
+        self.note.caption(" · ".join(notes(answer, texts)))
+        if answer.finish == "error":
+            with self.fault.container():
+                st.error(texts["failed"])
+                st.text(answer.error)
+
+
+def notes(answer: Answer, texts: Texts) -> list[str]:
+    """What an answer took, and how it ended."""
+    if answer.finish in (None, "stop") and not answer.text:
+        return [texts["empty" if answer.finish else "reading"]]
+    found = [texts["speed"].format(tokens=answer.tokens, speed=f"{answer.tokens_per_second:.3g}")] if answer.tokens_per_second else []
+    return found + ([texts[answer.finish]] if answer.finish in ("stopped", "length") else [])
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from urllib.parse import quote, urlsplit
 Finish = Literal["stop", "length", "stopped", "error"]
 SECONDS = 10.0
 """Until the server must have answered what it knows at once."""
+UNSEEN = 5.0
+"""Seconds after which an answer that nobody looks at is left: its page has gone."""
 LINES = 2000
 """Of a run's metrics, from its end."""
 
@@ -79,7 +81,7 @@ class Server:
 
 
 class Answer:
-    """One answer as it comes: `text` grows until `finish` is set."""
+    """One answer as it comes: `text` grows until `finish` is set. It goes on as long as somebody looks at it."""
 
     def __init__(self, server: Server, body: dict[str, Any]) -> None:
         self.model: str = body["model"]
@@ -89,6 +91,7 @@ class Answer:
         self.seconds = 0.0
         """From the first text to the last."""
         self._closed = False
+        self._looked = time.monotonic()
         self._socket: socket.socket | None = None
         self._thread = threading.Thread(target=self._read, args=(server, body), daemon=True)
         self._thread.start()
@@ -97,6 +100,10 @@ class Answer:
     def tokens_per_second(self) -> float:
         """Speed of the answer; the first token counts as reading."""
         return (self.tokens - 1) / self.seconds if self.tokens > 1 and self.seconds > 0 else 0.0
+
+    def look(self) -> None:
+        """Say that somebody is there."""
+        self._looked = time.monotonic()
 
     def close(self) -> None:
         """Leave: the server stops drawing, what has come stays."""
@@ -129,6 +136,9 @@ class Answer:
         finish: Finish | None = None
         first = time.perf_counter()
         for chunk in events(response):
+            self._closed = self._closed or time.monotonic() - self._looked > UNSEEN
+            if self._closed:
+                return "stopped"
             if "error" in chunk:
                 raise ServerError(complaint(json.dumps(chunk).encode("utf-8")))
             for choice in chunk.get("choices") or ():
