@@ -3,6 +3,7 @@
 Run as a program (in a process where Triton does not interpret), it compiles for the capabilities given and prints a line of JSON.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -12,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 CARDS = {80: (108, 163), 86: (82, 99), 89: (128, 99), 90: (132, 227), 120: (170, 99)}  # multiprocessors, KB of shared memory a program
+HALF_AND_SINGLE = (torch.bfloat16, torch.float32)
 SMALL, LONG = (4, 512), (1, 8192)  # batch, tokens: with 32 heads one fills a card, the other is cut into segments
 
 
 def configurations(thorough: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Calls that launch every form of every kernel: dtypes, dims, packed, restart, SiLU, with and without segments."""
-    import torch
-
     from tnl.kernels import lightning_chunk as lc
     from tnl.kernels.lightning_step import lightning_step
     from tnl.kernels.simple_rms_norm import norm_gate, simple_rms_norm
@@ -65,6 +66,46 @@ def configurations(thorough: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
         u = torch.empty(2, D, dtype=dtype)
         yield f"norm {D} {dtype}", lambda x=x: simple_rms_norm(x).sum().backward()
         yield f"norm gate {D} {dtype}", lambda x=x, u=u: norm_gate(x, u).sum().backward()
+    yield from decoding(thorough)
+
+
+def decoding(thorough: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The kernels of a decoding step: every number of rows that has a plan of its own, adapters, LRPE, drawing."""
+    from tnl.kernels import draw, skinny_linear
+    from tnl.kernels.lightning_step_gate import lightning_step_gate
+    from tnl.kernels.skinny_linear import LowRank, expand_, shrink
+
+    def products(M: int, dtype: torch.dtype) -> None:
+        D, G, R = 4096, 11008, 8
+        x, glu = torch.empty(M, D, dtype=dtype), torch.empty(M, G, dtype=dtype)
+        w, l1, l3 = (torch.empty(n, k, dtype=dtype) for n, k in ((4 * D, D), (G, D), (D, G)))
+        rows, a = torch.empty(M), torch.empty(3, R, D, dtype=dtype)
+        h, h2 = shrink(x, a, rows, a)
+        low, other = (LowRank(one, torch.empty(3, G, R, dtype=dtype), rows) for one in (h, h2))
+        skinny_linear.skinny_linear(x, w, eps=1e-6)
+        skinny_linear.skinny_linear(x, l1, l1, eps=1e-6, low=low, other_low=other)
+        skinny_linear.skinny_linear(x, l1, l1, eps=1e-6)
+        skinny_linear.skinny_linear(x, w[:D], eps=1e-6, sums=torch.empty(M, 64), residual=x)
+        skinny_linear.skinny_linear(glu, l3, residual=x)
+        expand_(glu, low)
+
+    def step(N: int, lrpe: bool, gate: bool) -> None:
+        turn = torch.empty(N, 32, 128)
+        state = torch.empty(N, 32, 256 if lrpe else 128, 128)
+        qkvu = torch.empty(N, 4 * 4096, dtype=torch.bfloat16)
+        lightning_step_gate(qkvu, state, torch.empty(32), torch.empty(N), (turn, turn) if lrpe else None, gate=gate)
+
+    def drawing(dtype: torch.dtype, history: bool) -> None:
+        ids = torch.empty(2, dtype=torch.long)
+        counts = torch.empty(2, 64000, dtype=torch.int32) if history else None
+        draw.draw_(torch.empty(2, 64000, dtype=dtype), torch.empty(2, draw.COLUMNS), ids, ids, history=counts, advance=not history)
+
+    for M, dtype in ((1, torch.bfloat16), (16, torch.bfloat16)) if not thorough else itertools.product((1, 16, 32, 64), HALF_AND_SINGLE):
+        yield f"products {M} {dtype}", lambda M=M, dtype=dtype: products(M, dtype)
+    for N, lrpe, gate in ((1, False, True), (1, True, True), (64, False, False)):
+        yield f"step and gate {N} lrpe {lrpe}", lambda N=N, lrpe=lrpe, gate=gate: step(N, lrpe, gate)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield f"drawing {dtype}", lambda dtype=dtype: drawing(dtype, dtype == torch.float32)
 
 
 def thin_products(R: int, p: float, dtype: Any) -> None:

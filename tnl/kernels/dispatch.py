@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -97,6 +98,38 @@ def ops(backend: str = "auto", device: torch.device | str = "cpu", dtype: torch.
         triton_ops.norm_glu,
         triton_ops.l3_residual,
     )
+
+
+class Answering(NamedTuple):
+    """The Triton forms while a model answers (`step_ops`): without gradients, states and residual overwritten, no read by the host."""
+
+    step: Ops
+    """One token of many slots; `Rows.real` is False where a slot is to stay as it is."""
+    read: Ops
+    """The next chunk of one prompt, at the end of its row."""
+    head: Callable[[Tensor, reference.Projection, reference.Projection], Tensor]
+    """hidden [B, D], norm, head -> logits [B, vocabulary] float32."""
+    draw: Callable[..., Tensor]
+    """`draw.draw_`."""
+
+
+def answering(chosen: Ops) -> Answering:
+    """The answering forms that belong to a model's operations, which are the Triton ones."""
+    # see ops
+    from tnl.kernels import draw, step_ops
+
+    step = Ops(
+        chosen.backend,
+        step_ops.norm_qkvu,
+        step_ops.attention_norm_gate,
+        step_ops.out_residual,
+        step_ops.norm_glu,
+        step_ops.add_projection,
+    )
+    read = step._replace(
+        norm_qkvu=step_ops.read_norm_qkvu, attention_norm_gate=step_ops.read_attention, norm_glu=step_ops.read_norm_glu
+    )
+    return Answering(step, read, step_ops.head, draw.draw_)
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:

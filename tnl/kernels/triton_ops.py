@@ -83,10 +83,15 @@ def attention_norm_gate(
     real: Tensor | None,
     lengths: Tensor | None,
     initial_state: Tensor | None,
+    restart: bool = False,
 ) -> tuple[Tensor | Mixed, Tensor]:
-    """As `reference.attention_norm_gate`; q, k and v are read straight from qkvu where SiLU is all that is done to them."""
+    """As `reference.attention_norm_gate`; q, k and v are read straight from qkvu where SiLU is all that is done to them.
+
+    restart: without gradients and of a batch of one, the initial state is where each sequence that begins in this call starts from.
+    """
     eps = eps_of(norm)
-    if activation in SILU and rotary is None and real is None and lengths is None and eps is not None and qkvu.shape[1] > 1:
+    fused = activation in SILU and rotary is None and real is None and lengths is None and eps is not None
+    if fused and eps is not None and qkvu.shape[1] > 1 and not restart:
         o, u, state = _Attention.apply(qkvu, log_decay, segment_start, initial_state)
         return Mixed(o, u, eps), state
     heads = log_decay.shape[0]
@@ -103,6 +108,8 @@ def attention_norm_gate(
     if step and initial_state is not None:
         state = initial_state.clone(memory_format=torch.contiguous_format)
         o = lightning_step(q[:, 0], k[:, 0], v[:, 0], log_decay, state, silu=silu)[:, None]
+    elif restart and segment_start is not None and initial_state is not None:
+        o, state = lightning_attention(q, k, v, log_decay, segment_start=segment_start, restart_state=initial_state[0], silu=silu)
     else:
         o, state = lightning_attention(q, k, v, log_decay, segment_start=segment_start, initial_state=initial_state)
     if lengths is not None:

@@ -1,0 +1,75 @@
+"""The fused step against the reference form of the same operation in float64."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="no Triton for this platform")
+
+from tnl.kernels import reference
+from tnl.kernels.lightning_step_gate import lightning_step_gate
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+BOUND = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 6e-3}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + [torch.bfloat16] * CUDA)
+@pytest.mark.parametrize(("N", "H", "V"), [(1, 1, 16), (3, 2, 128), (2, 2, 24), (9, 32, 16)])
+@pytest.mark.parametrize("lrpe", [False, True])
+def test_the_fused_step_is_the_reference(N: int, H: int, V: int, lrpe: bool, dtype: torch.dtype) -> None:
+    K = 2 * V if lrpe else V
+    qkvu = torch.randn(N, 4 * H * V + 8, device=DEVICE).to(dtype)[:, : 4 * H * V]
+    g, state = -torch.rand(H, device=DEVICE), torch.randn(N, H, K, V, device=DEVICE)
+    angle = torch.rand(N, 1, H, V, device=DEVICE) * 7
+    rotary = (angle.cos(), angle.sin()) if lrpe else None
+    wide = None if rotary is None else (angle.double().cos(), angle.double().sin())
+    live = torch.ones(N, device=DEVICE)
+    live[-1] = N == 1
+    expected, after = reference.attention_norm_gate(
+        qkvu.double()[:, None],
+        norm=lambda x: x,
+        activation="swish",
+        rotary=wide,
+        log_decay=g.double(),
+        segment_start=None,
+        real=None,
+        lengths=None,
+        initial_state=state.double(),
+    )
+    flat = None if rotary is None else (rotary[0][:, 0], rotary[1][:, 0])
+    before, twin = state.clone(), state.clone()
+    found, sums = lightning_step_gate(qkvu, state, g, live, flat)
+    o, _ = lightning_step_gate(qkvu, twin, g, live, flat, gate=False)
+    on = live.bool()
+    assert (found.double() - expected[:, 0])[on].norm() < BOUND[dtype] * expected[:, 0][on].norm()
+    assert (state.double() - after)[on].norm() < 1e-6 * after[on].norm()
+    assert torch.equal(state[~on], before[~on]) and not found[~on].any() and not sums[~on].any()
+    squares = o.double().square().sum(1)
+    assert torch.allclose(sums.double().sum(1), squares, rtol=2e-2 if dtype != torch.float32 else 1e-5)
+    assert torch.equal(state, twin)
+
+
+def test_a_layer_that_hardly_decays_forgets_as_it_should() -> None:
+    """e^g in float32 is 1 or 1 - 6e-8; over many steps either would be far off g = -3.9e-8."""
+    g = torch.tensor([-3.9e-8], device=DEVICE)
+    state = torch.rand(1, 1, 16, 16, device=DEVICE) + 1
+    exact = state.double()
+    live = torch.ones(1, device=DEVICE)
+    for _ in range(300):
+        qkvu = torch.randn(1, 64, device=DEVICE) * 0.01
+        qkvu[:, 32:48] += 1
+        k = torch.nn.functional.silu(qkvu[:, 16:32].double())
+        exact = exact * torch.exp(g.double()) + k[0, :, None] * qkvu[0, None, 32:48].double()
+        lightning_step_gate(qkvu, state, g, live)
+    drift = ((state.double() - exact) / exact).mean().abs()
+    assert drift < 1e-7, drift  # e^g in float32 would be off by 300 x 2e-8
+
+
+def test_bad_input_is_refused() -> None:
+    state, g, live = torch.zeros(2, 2, 16, 16, device=DEVICE), torch.zeros(2, device=DEVICE), torch.ones(2, device=DEVICE)
+    with pytest.raises(ValueError, match="qkvu is"):
+        lightning_step_gate(torch.zeros(2, 64, device=DEVICE), state, g, live)
+    with pytest.raises(ValueError, match="in place"):
+        lightning_step_gate(torch.zeros(2, 128, device=DEVICE), state.mT, g, live)
+    with pytest.raises(ValueError, match="twice V"):
+        lightning_step_gate(torch.zeros(2, 128, device=DEVICE), state, g, live, (torch.zeros(2, 2, 16), torch.zeros(2, 2, 16)))
