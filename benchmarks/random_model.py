@@ -8,13 +8,14 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tnl.model.configuration_transnormer import TransnormerConfig
-from tnl.model.modeling_transnormer import TransnormerForCausalLM
+from tnl.model.modeling_transnormer import Lrpe, TransnormerForCausalLM
 
 SIZES = {  # layers, width, heads, glu_dim
     "demo": (6, 256, 4, 704),
@@ -25,9 +26,10 @@ SIZES = {  # layers, width, heads, glu_dim
 TOKENIZER = Path(__file__).resolve().parents[1] / "tests" / "golden" / "tokenizer"
 
 
-def config_of(size: str) -> TransnormerConfig:
-    """The published config of a size: LRPE in layer 0, swish, 64,000 tokens."""
-    layers, width, heads, glu_dim = SIZES[size]
+def config_of(size: str, layers: int | None = None) -> TransnormerConfig:
+    """The published config of a size (of fewer layers where given): LRPE in layer 0, swish, 64,000 tokens."""
+    full, width, heads, glu_dim = SIZES[size]
+    layers = layers or full
     return TransnormerConfig(
         decoder_layers=layers,
         decoder_embed_dim=width,
@@ -38,6 +40,28 @@ def config_of(size: str) -> TransnormerConfig:
         linear_use_lrpe_list=[1] + [0] * (layers - 1),
         architectures=["TransnormerForCausalLM"],
     )
+
+
+def in_memory(size: str, device: str, dtype: torch.dtype, *, layers: int | None = None, backend: str = "auto", seed: int = 0) -> Any:
+    """A model of random weights (normal, std 0.02) on a device, without a folder, in eval mode."""
+    torch.manual_seed(seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = TransnormerForCausalLM(config_of(size, layers))
+    finally:
+        torch.set_default_dtype(before)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.endswith("theta"):
+                parameter.normal_(0, 0.02)
+    for module in model.modules():
+        if isinstance(module, Lrpe):
+            module.theta.data = module.theta.data.float()
+            module.reset_parameters()
+    model.model.backend = backend
+    return model.to(device).eval().requires_grad_(False)
 
 
 def write(size: str, folder: Path, *, pickled: bool = False, seed: int = 0) -> Path:

@@ -21,6 +21,7 @@ from tnl.adapter.load import adapter_folder, read_adapter
 from tnl.errors import ModelError
 from tnl.generate.slots import Wrap
 from tnl.kernels.reference import Projection
+from tnl.kernels.row_linear import RowLinear
 from tnl.model.layer import LayerWeights
 
 MATRIX = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
@@ -54,7 +55,10 @@ class Adapters:
         self.device = model.model.embed_tokens.weight.device
         self._loaded: OrderedDict[str, Loaded] = OrderedDict()
         self._bank: dict[str, tuple[Tensor, Tensor]] = {}
-        """Module -> A [rows, R, in] and B [rows, out, R], the scale in B; float32."""
+        """Module -> A [rows, R, in] and B [rows, out, R], the scale in B; float32, with the Triton kernels the model's dtype."""
+        self.dtype = model.model.embed_tokens.weight.dtype if model.backend == "triton" else torch.float32
+        self.version = 0
+        """Counts how often a bank was made anew: what holds its addresses (a CUDA graph) is out of date then."""
         self._lock = threading.Lock()
 
     @property
@@ -76,7 +80,10 @@ class Adapters:
         """
         folder = adapter_folder(folder)
         config, tensors = read_adapter(self.model, folder)
-        matrices = scaled_matrices(config, tensors, folder)
+        return self.add(scaled_matrices(config, tensors, folder), hold=hold)
+
+    def add(self, matrices: Mapping[str, tuple[Tensor, Tensor]], *, hold: bool = False) -> str:
+        """As `load`, from module -> A [R, in] and B [out, R] with the scale in it, both float32 on the CPU."""
         key = content_key(matrices)
         with self._lock:
             if key not in self._loaded:
@@ -110,7 +117,7 @@ class Adapters:
             return 0 if key is None else self._loaded[key].row
 
     def wrap(self, rows: Tensor) -> Wrap:
-        """For `slots.forward`: row b of the call has the adapter in the bank's row rows[b] ([B] int64)."""
+        """For `slots.forward`: row b of the call has the adapter in the bank's row rows[b] ([B] of any number type)."""
         bank = self._bank
 
         def wrapped(weights: LayerWeights, layer: int) -> LayerWeights:
@@ -118,7 +125,7 @@ class Adapters:
             for name, part in LAYER.items():
                 matrices = bank.get(f"model.layers.{layer}.{part}.{name}")
                 if matrices is not None:
-                    changed[name] = with_rows(getattr(weights, name), *matrices, rows)
+                    changed[name] = RowLinear(getattr(weights, name), *matrices, rows)
             return weights._replace(**changed)
 
         return wrapped
@@ -126,7 +133,7 @@ class Adapters:
     def wrap_head(self, rows: Tensor) -> Projection | None:
         """The head with the rows' adapters; None where none has the head."""
         matrices = self._bank.get(HEAD)
-        return None if matrices is None else with_rows(self.model.lm_head, *matrices, rows)
+        return None if matrices is None else RowLinear(self.model.lm_head, *matrices, rows)
 
     def _place(self, key: str, matrices: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         if len(self._loaded) >= self.capacity:
@@ -146,30 +153,18 @@ class Adapters:
         rank = len(a)
         if old is None or old[0].shape[1] < rank:
             R = 1 << (rank - 1).bit_length()
-            A = torch.zeros(self.capacity + 1, R, a.shape[1], device=self.device)
-            B = torch.zeros(self.capacity + 1, b.shape[0], R, device=self.device)
+            A = torch.zeros(self.capacity + 1, R, a.shape[1], device=self.device, dtype=self.dtype)
+            B = torch.zeros(self.capacity + 1, b.shape[0], R, device=self.device, dtype=self.dtype)
             if old is not None:
                 A[:, : old[0].shape[1]], B[:, :, : old[0].shape[1]] = old
             self._bank[name] = (A, B)
+            self.version += 1
         return self._bank[name]
 
     def _drop(self, key: str) -> None:
         row = self._loaded.pop(key).row
         for A, B in self._bank.values():
             A[row], B[row] = 0, 0
-
-
-def with_rows(project: Projection, A: Tensor, B: Tensor, rows: Tensor) -> Projection:
-    """y = W x + B[row] A[row] x, each row of x [B, T, in] (or [B, in]) with matrices of its own."""
-
-    def projected(x: Tensor) -> Tensor:
-        y = project(x)
-        wide = x if x.dim() == 3 else x[:, None]
-        a, b = A.index_select(0, rows), B.index_select(0, rows)
-        delta = (wide.to(a.dtype) @ a.transpose(1, 2)) @ b.transpose(1, 2)
-        return y + delta.view_as(y).to(y.dtype)
-
-    return projected
 
 
 def scaled_matrices(config: LoraConfig, tensors: Mapping[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tnl.generate.prefixes import State
 from tnl.generate.request import Finish, Logprob, Piece, Ticket
 from tnl.generate.sampling import History, Settings, finite_rows, sample, seeded
 from tnl.generate.text import TextStream
@@ -20,30 +21,48 @@ NOT_FINITE = "the model's numbers are not finite for this request"
 class Draft:
     """One of a ticket's n answers."""
 
-    def __init__(self, ticket: Ticket, index: int, tokenizer: Any, logits: Tensor, slot: int) -> None:
+    def __init__(self, ticket: Ticket, index: int, tokenizer: Any, slot: int) -> None:
         request = ticket.request
         self.ticket, self.index, self.slot = ticket, index, slot
         self.settings: Settings = request.settings
         self.generator = seeded(None if request.seed is None else request.seed + index)
-        self.history = History.start([request.ids], logits.shape[-1], logits.device) if self.settings.penalises else None
+        self.history: History | None = None
+        """What has stood before, where the settings ask and the host draws."""
         self.text = TextStream(tokenizer, request.stop)
         self.ids: list[int] = []
         self.last: Piece | None = None
         """The piece that ends it: the engine hands it over once the slot is free."""
-        self.ended_by_id = False
+        self.ended_by: int | None = None
+        """The stop id that ended it, which is no part of it."""
+        self.draws = 0
+        """Tokens drawn for it, those included that the host has not seen yet."""
+        self.kept: State | None = None
+        """A state to keep once the next token that comes back is a sound one."""
+        self._uniform: list[float] = []
         self._told: list[tuple[int, Logprob | None]] = []
         """Drawn, and held back with their text."""
 
     @property
+    def outstanding(self) -> bool:
+        """Whether a token is on its way from the device."""
+        return self.draws > len(self.ids) + (self.ended_by is not None)
+
+    @property
     def read(self) -> tuple[int, ...]:
-        """The ids that the slot's state has read once the answer is finished; the last one drawn is never read at the length limit."""
-        ids = (*self.ticket.request.ids, *self.ids)
-        return ids if self.ended_by_id else ids[:-1]
+        """The ids that its slot's state has read: the prompt, and every drawn one but the last."""
+        ended = () if self.ended_by is None else (self.ended_by,)
+        return (*self.ticket.request.ids, *self.ids, *ended)[: len(self.ticket.request.ids) + self.draws - 1]
+
+    def uniform(self) -> float:
+        """The generator's next number from 0 to below 1, many fetched at once: the numbers are those of as many single calls."""
+        if not self._uniform:
+            self._uniform = torch.rand(64, generator=self.generator, dtype=torch.float64).tolist()[::-1]
+        return self._uniform.pop()
 
     def push(self, token_id: int, logprob: Logprob | None) -> None:
         """Take the next token: hand on what is certain of the text, and see whether this ends it."""
         if token_id in self.ticket.request.stop_ids:
-            self.ended_by_id = True
+            self.ended_by = token_id
             self._end("stop")
             return
         self.ids.append(token_id)

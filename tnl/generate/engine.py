@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from tnl.generate.adapters import Adapters
-from tnl.generate.draft import Draft, draw, logprobs_of
+from tnl.generate.draft import Draft
+from tnl.generate.host import Flight, HostSteps, Steps
 from tnl.generate.prefixes import Prefixes, State, load_state, model_key, save_state
 from tnl.generate.request import Answer, Closed, Piece, QueueFull, Request, Ticket
-from tnl.generate.slots import Slots, head, read_chunk
+from tnl.generate.slots import Slots
 
 log = logging.getLogger(__name__)
 READING = 4
@@ -40,6 +41,8 @@ class Reading:
     seen: int = 0
     mark: int = 0
     """Where to keep a copy of the states; 0 is nowhere."""
+    kept: State | None = None
+    """That copy."""
 
 
 @dataclass
@@ -78,6 +81,7 @@ class Engine:
         self.chunk = chunk or (32 if self.slots.device.type == "cpu" else 2048)
         self.grid = min(self.chunk, 64)
         self.prefixes = Prefixes(prefix_bytes, self.grid)
+        self.steps = steps_for(model, self.slots, self.adapters, self.chunk, self.grid)
         self.key = model_key(model)
         self.queue = queue
         self.counts = Counts()
@@ -89,8 +93,8 @@ class Engine:
         self._waiting: deque[Ticket] = deque()
         self._reading: deque[Reading] = deque()
         self._running: dict[int, Draft] = {}
-        self._rows = torch.zeros(len(self.slots), dtype=torch.long, device=self.slots.device)
-        """[slots]: each row's adapter in the bank."""
+        self._flights: deque[Flight] = deque()
+        """Tokens that are on their way, the oldest first."""
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._stop = threading.Event()
@@ -151,7 +155,7 @@ class Engine:
         """Write what the model remembers after ids, read now where it is not kept. Raises StorageError."""
         scope = self.scope(adapter)
         state = self.prefixes.get(scope, ids) or self._read(ids, adapter)
-        save_state(path, State(state.ids, state.states, about or {}), scope)
+        save_state(path, State(state.ids, tuple(one.to("cpu", copy=True) for one in state.states), about or {}), scope)
 
     def load_state(self, path: Path, adapter: str | None = None) -> State:
         """Take up a saved state: a prompt that begins with its ids goes on from it without reading them. Raises ModelError."""
@@ -161,10 +165,15 @@ class Engine:
 
     @torch.inference_mode()
     def _read(self, ids: tuple[int, ...], adapter: str | None) -> State:
-        reading = Reading(Ticket(Request(ids, adapter=adapter)), [], [None] * len(self.slots.states))
+        reading = Reading(Ticket(Request(ids, adapter=adapter)), [], self.steps.begin(None, None))
         while reading.seen < len(ids):
             self._read_on(reading)
         return self._state(ids, reading.states)
+
+    @torch.inference_mode()
+    def warm(self) -> None:
+        """Prepare what else the first requests would wait for: compiled kernels and CUDA graphs, on a GPU."""
+        self.steps.warm()
 
     # ---------------------------------------------------------------- running
 
@@ -211,14 +220,19 @@ class Engine:
         for draft in list(self._running.values()):
             draft.fail(reason)
             self._close(draft)
+        self._flights.clear()
 
     @torch.inference_mode()
     def step(self) -> bool:
         """One decoding step of all that runs and one chunk of one prompt; False where there was nothing to do."""
         self._sweep()
         self._admit()
+        before = len(self._flights)
         decoded = self._decode()
-        return self._fill() or decoded
+        filled = self._fill()
+        # what was on its way before this step has had its time; where nothing else is to do, all is waited for
+        self._land(before if decoded or filled else len(self._flights))
+        return decoded or filled or before > 0
 
     def _sweep(self) -> None:
         """Let go of what nobody wants any more."""
@@ -243,9 +257,9 @@ class Engine:
                     return
                 ticket = self._waiting.popleft()
             request, scope = ticket.request, self.scope(ticket.request.adapter)
-            reading = Reading(ticket, [self.slots.take() for _ in range(request.n)], [None] * len(self.slots.states))
-            if found := self.prefixes.find(scope, request.ids):
-                reading.states = [state.to(self.slots.device, copy=True) for state in found.states]
+            slots, found = [self.slots.take() for _ in range(request.n)], self.prefixes.find(scope, request.ids)
+            reading = Reading(ticket, slots, self.steps.begin(slots[0], found.states if found else None))
+            if found:
                 reading.seen = ticket.cached_tokens = len(found.ids)
             mark = self.prefixes.shared(scope, request.ids)
             reading.mark = mark if mark > reading.seen else 0
@@ -259,7 +273,7 @@ class Engine:
         try:
             hidden = self._read_on(reading)
             whole = reading.seen == len(reading.ticket.request.ids)
-            logits = self._logits(reading, hidden) if whole else None
+            logits = self.steps.logits(hidden, self._row(reading)) if whole else None
         except Exception as error:
             # whatever it was, it was this prompt's: nobody else's state was touched
             log.exception("reading a prompt failed")
@@ -277,66 +291,58 @@ class Engine:
         end = min(len(request.ids), (start // self.chunk + 1) * self.chunk)
         if start < reading.mark < end:
             end = reading.mark
-        size = -(-(end - start) // self.grid) * self.grid
-        wrap = None
-        if request.adapter is not None:
-            wrap = self.adapters.wrap(torch.tensor([self.adapters.row(request.adapter)], device=self.slots.device))
-        hidden, states = read_chunk(self.model, request.ids[start:end], reading.states, start, size, wrap)
-        reading.states, reading.seen = list(states), end
+        hidden, reading.states = self.steps.read(request.ids[start:end], reading.states, start, self._row(reading))
+        reading.seen = end
         self.counts.prompt_tokens += end - start
         if end == reading.mark:
-            self.prefixes.put(self.scope(request.adapter), self._state(request.ids[:end], states))
+            reading.kept = self._state(request.ids[:end], reading.states)
         return hidden
 
-    def _logits(self, reading: Reading, hidden: Tensor) -> Tensor:
-        row = self.adapters.row(reading.ticket.request.adapter)
-        project = self.adapters.wrap_head(torch.tensor([row], device=self.slots.device)) if row else None
-        return head(self.model, hidden, project)
+    def _row(self, reading: Reading) -> int:
+        return self.adapters.row(reading.ticket.request.adapter)
 
     def _launch(self, reading: Reading, logits: Tensor) -> None:
         """Put the states that have read the prompt into its slots, and draw each answer's first token from logits [1, V]."""
-        row = self.adapters.row(reading.ticket.request.adapter)
-        drafts = [Draft(reading.ticket, i, self.tokenizer, logits, slot) for i, slot in enumerate(reading.slots)]
-        for draft in drafts:
-            self.slots.put(draft.slot, reading.states, reading.seen)
-            self._rows[draft.slot] = row
-            self._running[draft.slot] = draft
-        reading.ticket.started = time.perf_counter()
-        self._advance(logits.expand(len(drafts), -1), drafts)
+        drafts = [Draft(reading.ticket, i, self.tokenizer, slot) for i, slot in enumerate(reading.slots)]
+        drafts[0].kept = reading.kept
+        self._running |= {draft.slot: draft for draft in drafts}
+        self._take_off(self.steps.first(logits, reading.states, reading.seen, self._row(reading), drafts))
 
     def _decode(self) -> bool:
-        """One token for every answer that runs."""
-        if not self._running:
+        """One token for every answer that runs, but for those whose last one is on its way."""
+        drafts = [draft for _, draft in sorted(self._running.items()) if draft.draws < draft.settings.max_new_tokens]
+        if not drafts:
             return False
-        size = self.slots.bucket()
-        following = [0] * size
-        for slot, draft in self._running.items():
-            following[slot] = draft.ids[-1]
-        self.slots.ids[:size].copy_(torch.tensor(following)[:, None])
-        wrap = project = None
-        if any(draft.ticket.request.adapter is not None for draft in self._running.values()):
-            wrap, project = self.adapters.wrap(self._rows[:size]), self.adapters.wrap_head(self._rows[:size])
-        logits = self.slots.step(self.model, size, wrap, project)
         self.counts.steps += 1
-        rows = sorted(self._running)
-        self._advance(logits[rows], [self._running[row] for row in rows])
+        self._take_off(self.steps.decode(drafts))
         return True
 
-    def _advance(self, logits: Tensor, drafts: list[Draft]) -> None:
-        """Draw a token for each draft from logits [B, V] and hand on what it says; one that fails fails alone."""
-        tokens = draw(logits, drafts)
-        told = logprobs_of(logits, tokens, drafts)
-        for draft, token, logprob in zip(drafts, tokens, told):
-            try:
-                if isinstance(token, str):
-                    draft.fail(token)
-                else:
-                    draft.push(token, logprob)
-            except Exception as error:
-                log.exception("an answer failed")
-                draft.fail(f"the answer could not be written ({type(error).__name__})")
-            if draft.last is not None:
-                self._close(draft)
+    def _take_off(self, flight: Flight) -> None:
+        self._flights.append(flight)
+        if not self.steps.ahead:
+            self._land(1)
+
+    def _land(self, count: int) -> None:
+        """Take the tokens of the oldest flights and hand on what they say; an answer that fails fails alone."""
+        for _ in range(count):
+            flight = self._flights.popleft()
+            for draft, token, logprob in zip(flight.drafts, *flight.land()):
+                if draft.kept is not None and not isinstance(token, str):
+                    self.prefixes.put(self.scope(draft.ticket.request.adapter), draft.kept)
+                draft.kept = None
+                if draft.last is not None:
+                    continue  # it has ended since
+                draft.ticket.started = draft.ticket.started or time.perf_counter()
+                try:
+                    if isinstance(token, str):
+                        draft.fail(token)
+                    else:
+                        draft.push(token, logprob)
+                except Exception as error:
+                    log.exception("an answer failed")
+                    draft.fail(f"the answer could not be written ({type(error).__name__})")
+                if draft.last is not None:
+                    self._close(draft)
 
     # ---------------------------------------------------------------- ending
 
@@ -344,10 +350,14 @@ class Engine:
         """Free the slot, keep the state where a next turn may go on from it, and hand over the last piece."""
         last, ticket = draft.last, draft.ticket
         assert last is not None
-        if draft.ended_by_id or last.finish == "length":
-            self.prefixes.put(self.scope(ticket.request.adapter), self._state(draft.read, self.slots.get(draft.slot)))
+        if draft.ended_by is not None or last.finish == "length":
+            kept = self._state(draft.read, self.slots.views(draft.slot))
+            if draft.outstanding:
+                draft.kept = kept
+            else:
+                self.prefixes.put(self.scope(ticket.request.adapter), kept)
         del self._running[draft.slot]
-        self._rows[draft.slot] = 0
+        self.steps.release(draft.slot)
         self.slots.release(draft.slot)
         self.counts.generated_tokens += last.tokens
         self._give_last(ticket, last)
@@ -370,5 +380,15 @@ class Engine:
         self.counts.finished[last.finish or ""] += 1
         ticket.give(last)
 
-    def _state(self, ids: tuple[int, ...], states: list[Tensor] | list[Tensor | None]) -> State:
-        return State(tuple(ids), tuple(state.to("cpu", copy=True) for state in states if state is not None))
+    def _state(self, ids: tuple[int, ...], states: Sequence[Tensor | None]) -> State:
+        return State(tuple(ids), self.steps.keep([state for state in states if state is not None]))
+
+
+def steps_for(model: Any, slots: Slots, adapters: Adapters, chunk: int, grid: int) -> Steps:
+    """How to read and decode where the model is: with the kernels that it runs."""
+    if model.backend != "triton":
+        return HostSteps(model, slots, adapters, grid)
+    # triton is there on Linux alone
+    from tnl.generate.device import DeviceSteps
+
+    return DeviceSteps(model, slots, adapters, chunk)

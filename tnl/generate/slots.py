@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tnl.kernels.dispatch import Ops
 from tnl.model.layer import LayerWeights, Rows, decoder_layer
 
 Wrap = Callable[[LayerWeights, int], LayerWeights]
@@ -29,14 +30,18 @@ def forward(
     states: Sequence[Tensor | None],  # one [B, H, K, V] a layer
     rows: Rows,
     wrap: Wrap | None = None,
+    ops: Ops | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """All layers; returns hidden [B, T, D] before the final norm, and the new states. Reads nothing back to the host."""
+    """All layers in the form `ops` (None: the model's); hidden [B, T, D] before the final norm, and the new states.
+
+    Reads nothing back to the host.
+    """
     inner = model.model
     x = inner.embed_tokens(ids) * inner.scale
     after = []
     for layer, state in enumerate(states):
         weights = inner.layers[layer].weights()
-        x, state = decoder_layer(x, state, weights if wrap is None else wrap(weights, layer), rows, inner.ops)
+        x, state = decoder_layer(x, state, weights if wrap is None else wrap(weights, layer), rows, ops or inner.ops)
         after.append(state)
     return x, after
 
@@ -44,6 +49,11 @@ def forward(
 def head(model: Any, hidden: Tensor, project: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """[..., D] to logits [..., vocabulary] in float32; project: the head with adapters on it."""
     return (project or model.lm_head)(model.model.final_norm(hidden)).float()
+
+
+def copy_states(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy states into others of their shapes; on one device in a few launches."""
+    torch._foreach_copy_(list(targets), list(sources), non_blocking=True)
 
 
 class Slots:
@@ -104,14 +114,20 @@ class Slots:
 
     def put(self, slot: int, states: Sequence[Tensor | None], seen: int) -> None:
         """Copy states [1, H, K, V] that have read `seen` tokens into a slot."""
-        for target, state in zip(self.states, states):
-            if state is not None:
-                target[slot].copy_(state[0])
+        pairs = [(target[slot], state[0]) for target, state in zip(self.states, states) if state is not None]
+        if pairs and pairs[0][0].data_ptr() != pairs[0][1].data_ptr():
+            copy_states(*zip(*pairs))
         self.seen[slot] = seen
 
     def get(self, slot: int) -> list[Tensor]:
         """Copies of a slot's states, [1, H, K, V] a layer."""
-        return [state[slot : slot + 1].clone() for state in self.states]
+        copies = [torch.empty_like(state) for state in self.views(slot)]
+        copy_states(copies, self.views(slot))
+        return copies
+
+    def views(self, slot: int) -> list[Tensor]:
+        """A slot's states where they lie, [1, H, K, V] a layer."""
+        return [state[slot : slot + 1] for state in self.states]
 
     def bucket(self) -> int:
         """Rows of the next step: the smallest shape that holds every taken slot."""
@@ -128,8 +144,10 @@ class Slots:
         return head(model, hidden[:, 0], project)
 
     def _fill(self, slot: int | slice, value: float) -> None:
-        for state in self.states:
-            state[slot] = value
+        torch._foreach_zero_([state[slot] for state in self.states])
+        if value != 0:
+            for state in self.states:
+                state[slot] = value
         self.ids[slot] = 0
         self.seen[slot] = 0
 

@@ -126,9 +126,7 @@ def answering(chosen: Ops) -> Answering:
         step_ops.norm_glu,
         step_ops.add_projection,
     )
-    read = step._replace(
-        norm_qkvu=step_ops.read_norm_qkvu, attention_norm_gate=step_ops.read_attention, norm_glu=step_ops.read_norm_glu
-    )
+    read = step._replace(norm_qkvu=step_ops.read_norm_qkvu, attention_norm_gate=step_ops.read_attention, norm_glu=step_ops.read_norm_glu)
     return Answering(step, read, step_ops.head, draw.draw_)
 
 
