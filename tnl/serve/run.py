@@ -105,6 +105,7 @@ def run(model_or_run: str, host: str = "127.0.0.1", port: int = 8000, **options:
         names = ", ".join(card.id for card in service.catalog.cards())
         shown_host = f"[{host}]" if ":" in host else host
         log.info("http://%s:%d/v1 serves %s", shown_host, listening.getsockname()[1], names)
+        service.engine.warm()
         # what is there now stays: the collector, which a body of many small objects wakes, need not look at it again
         gc.collect()
         gc.freeze()
