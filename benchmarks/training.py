@@ -77,6 +77,9 @@ def measure(name: str, model: Path, data: Path, work: Path) -> dict[str, object]
     made = subprocess.run([sys.executable, "-m", "tnl", "train", str(recipe)], capture_output=True, text=True, cwd=ROOT)
     if made.returncode:
         return {"work": name, "failed": f"exit {made.returncode}: {made.stderr.strip().splitlines()[-1:]}"}
+    paths = json.loads((work / "run" / "run.json").read_text(encoding="utf-8"))["paths"]
+    if torch.cuda.is_available() and (paths["attention"], paths["lora"]) != ("Triton", "fused"):
+        return {"work": name, "failed": f"no figure: a part fell back: {paths}"}
     lines = [json.loads(line) for line in (work / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps_ = [line for line in lines if "loss" in line]
     if not steps_[-1]["loss"] < steps_[0]["loss"] + 0.05 or not all(0 < line["grad_norm"] < 1e6 for line in steps_):

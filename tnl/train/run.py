@@ -32,6 +32,7 @@ from tnl.recipe.load import Recipe, dump, load
 from tnl.run_dir import RunDir, fingerprint, hold, latest_valid, open_run
 from tnl.storage import staged, storage
 from tnl.train import arguments, callbacks, checkpoint, lora, plan, segments
+from tnl.train.paths_taken import paths_taken, words
 from tnl.train.signals import StopSignals
 from tnl.train.step import Rows
 from tnl.train.trainer import TnlTrainer
@@ -77,6 +78,8 @@ def train(recipe: Recipe, memory: float | None, allow: Sequence[str] = ()) -> Ru
     loaded = load_model(base.folder, dtype=base.dtype, device=base.device, backend=recipe.model.backend)
     model = lora.attach(loaded, recipe.lora, recipe.where, recipe.train.seed, say)
     show_table(model)
+    paths = paths_taken(model, rows)
+    say(words(paths))
     work, _ = open_run(path, facts, allow)
     with hold(work), StopSignals() as stop:
         folder, notices = latest_valid(work)
@@ -87,7 +90,7 @@ def train(recipe: Recipe, memory: float | None, allow: Sequence[str] = ()) -> Ru
         rows.say = live.say
         trainer.where = recipe.where
         trainer.about = describe_result(work, recipe, lora.is_adapted(model))
-        work.update_metadata(data=counts(data))
+        work.update_metadata(data=counts(data), paths=paths)
         trainer.preflight()
         samples = sample_before(work, recipe, base, data, model, folder, stop)
         if stop.requested:

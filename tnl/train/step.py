@@ -176,12 +176,17 @@ def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, rows: Rows) -> T
 
     A plain head goes through the kernel; one that an adapter wraps, or a smoothed loss, through the module itself.
     """
-    if type(head) is nn.Linear and head.bias is None and not rows.label_smoothing:
-        return linear_cross_entropy(hidden, head.weight, targets, rows.chunk)
+    if plain_head(head, rows):
+        return linear_cross_entropy(hidden, head.weight, targets, rows.chunk)  # type: ignore[arg-type]
     total = hidden.new_zeros((), dtype=torch.float32)
     for x, t in zip(hidden.split(rows.chunk), targets.split(rows.chunk)):
         total = total + checkpoint(module_loss, head, x, t, rows.label_smoothing, use_reentrant=False)  # type: ignore[operator]
     return total
+
+
+def plain_head(head: nn.Module, rows: Rows) -> bool:
+    """Whether head and loss are the kernel's: no adapter on the head, no smoothing."""
+    return type(head) is nn.Linear and head.bias is None and not rows.label_smoothing
 
 
 def module_loss(head: nn.Module, x: Tensor, targets: Tensor, smoothing: float) -> Tensor:

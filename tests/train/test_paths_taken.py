@@ -1,0 +1,44 @@
+"""What a run says of the forms its parts take."""
+
+import pytest
+import torch
+from torch import nn
+
+from tnl.model.configuration_transnormer import TransnormerConfig
+from tnl.model.modeling_transnormer import TransnormerForCausalLM
+from tnl.recipe.sections import LoraSection
+from tnl.train import lora
+from tnl.train.paths_taken import paths_taken, words
+from tnl.train.step import Rows
+
+SIZES = {"vocab_size": 50, "decoder_embed_dim": 16, "hidden_dim": 16, "decoder_layers": 2, "decoder_attention_heads": 2, "glu_dim": 24}
+
+
+def make(section: LoraSection | None, backend: str) -> nn.Module:
+    torch.manual_seed(0)
+    base = TransnormerForCausalLM(TransnormerConfig(**SIZES))
+    base.model.pick_kernels(backend)
+    return lora.attach(base, section, "recipe.yaml", 1, lambda line: None)
+
+
+def test_the_fast_path() -> None:
+    pytest.importorskip("triton")
+    line = words(paths_taken(make(LoraSection(), "triton"), Rows(100)))
+    assert line == "computed: attention Triton; LoRA fused; loss in chunks of 1024; rows packed"
+
+
+def test_the_option_that_leaves_it_is_named() -> None:
+    pytest.importorskip("triton")
+    paths = paths_taken(make(LoraSection(use_dora=True, target_modules=["l1"]), "triton"), Rows(100))
+    assert paths["lora"].startswith("by PEFT's own forward in 2 of 2 modules, because of DoraLinear")
+
+
+@pytest.mark.parametrize(("section", "form"), [(LoraSection(), "plain PyTorch"), (None, "none")])
+def test_without_triton(section: LoraSection | None, form: str) -> None:
+    paths = paths_taken(make(section, "reference"), Rows(100, padded=4, label_smoothing=0.1))
+    assert paths == {
+        "attention": "plain PyTorch",
+        "lora": form,
+        "loss": "by the head's own forward",
+        "rows": "padded, 4 records at once",
+    }

@@ -1,0 +1,42 @@
+"""Which form each part of a step takes on this machine, said once a run and kept in its metadata: nothing falls back in silence."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from tnl.evaluate.perplexity import causal_lm
+from tnl.kernels.lora import hindrance
+from tnl.train.step import Rows, plain_head
+
+
+def paths_taken(model: nn.Module, rows: Rows) -> dict[str, str]:
+    """Part -> form: attention, lora, loss, rows."""
+    base: Any = causal_lm(model)
+    hindrances = [hindrance(module) for module in adapters(model)]
+    outside = Counter(why for why in hindrances if why)
+    if base.backend != "triton" or not hindrances:
+        lora = "plain PyTorch" if hindrances else "none"
+    elif outside:
+        why, count = outside.most_common(1)[0]
+        lora = f"by PEFT's own forward in {count} of {len(hindrances)} modules, because of {why}"
+    else:
+        lora = "fused"
+    return {
+        "attention": "Triton" if base.backend == "triton" else "plain PyTorch",
+        "lora": lora,
+        "loss": f"in chunks of {rows.chunk}" if plain_head(base.get_output_embeddings(), rows) else "by the head's own forward",
+        "rows": "packed" if rows.padded is None else f"padded, {rows.padded} records at once",
+    }
+
+
+def adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that an adapter wraps inside layers."""
+    layers: Any = causal_lm(model).model.layers
+    return (module for module in layers.modules() if hasattr(module, "base_layer") and hasattr(module, "lora_A"))
+
+
+def words(paths: dict[str, str]) -> str:
+    """One line."""
+    return f"computed: attention {paths['attention']}; LoRA {paths['lora']}; loss {paths['loss']}; rows {paths['rows']}"
