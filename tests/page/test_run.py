@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,8 @@ def test_signals_end_it_well(number: signal.Signals) -> None:
 
 
 @contextlib.contextmanager
-def spawned(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "tnl", "page", *arguments]
+def spawned(*arguments: str, prefix: Sequence[str] = (), **environment: str) -> Iterator[subprocess.Popen[str]]:
+    command = [*prefix, sys.executable, "-m", "tnl", "page", *arguments]
     settings = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=settings)
     try:
@@ -107,22 +107,26 @@ def ready(port: int) -> None:
 
 
 @pytest.mark.slow
-def test_the_command(output: Path) -> None:
-    """Loopback alone, the key in no command line, exit 0 on SIGTERM, and nothing left behind."""
-    port = free_port()
-    with spawned(str(output / "teahouse"), "--port", str(port), "--runs", str(output), TNL_API_KEY="secret-key") as process:
+def test_the_command(output: Path, tmp_path: Path) -> None:
+    """Loopback alone, both ways; the key in no command line, exit 0 on SIGTERM, and nothing left behind."""
+    port, log = free_port(), tmp_path / "connects"
+    arguments = (str(output / "teahouse"), "--port", str(port), "--runs", str(output))
+    strace = ("strace", "-f", "-qq", "-e", "trace=connect", "-o", str(log))
+    with spawned(*arguments, prefix=strace, TNL_API_KEY="secret-key") as process:
         ready(port)
-        page = psutil.Process(process.pid)
+        [page] = psutil.Process(process.pid).children()
         family = [page, *page.children(recursive=True)]
         assert len(family) == 3
         addresses = {one.laddr.ip for member in family for one in member.net_connections("inet") if one.status == psutil.CONN_LISTEN}
         assert addresses == {"127.0.0.1"}
         assert not any("secret-key" in word for member in family for word in member.cmdline())
-        process.send_signal(signal.SIGTERM)
+        page.send_signal(signal.SIGTERM)
         said, told = process.communicate(timeout=60)
         assert process.returncode == 0 and said.splitlines()[0] == f"http://127.0.0.1:{port}"
         assert "serves demo, teahouse" in told and "Traceback" not in told and "GET /" not in told
-        assert not any(member.is_running() for member in family[1:])
+        assert not any(member.is_running() for member in family)
+    connects = [line for line in log.read_text(encoding="utf-8").splitlines() if "AF_INET" in line]
+    assert connects and all('inet_addr("127.0.0.1")' in line for line in connects)
 
 
 @pytest.mark.slow
