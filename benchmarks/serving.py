@@ -30,7 +30,7 @@ from tnl.serve.app import Service, create_app
 from tnl.serve.catalog import Catalog, Served
 from tnl.serve.gate import Limits
 from tnl.serve.metrics import Metrics
-from tnl.serve.run import Server, listen
+from tnl.serve.run import SWITCH_SECONDS, Server, listen
 from tnl.serve.runs import Runs
 
 MOST = 1_000_000
@@ -80,6 +80,7 @@ def served(engine: Engine, streams: int, seconds: float) -> tuple[float, list[li
     service = Service(engine, catalog, Runs(None), Metrics(engine), limits)
     listening = listen("127.0.0.1", 0)
     server = Server(create_app(service, local=True), service, "127.0.0.1")
+    sys.setswitchinterval(SWITCH_SECONDS)  # as `tnl serve` does
     engine.start()
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()

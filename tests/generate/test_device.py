@@ -148,6 +148,23 @@ def test_a_row_that_is_not_finite_fails_alone(fused: Any, tokenizer: Any) -> Non
 
 
 @pytest.mark.gpu
+def test_prefixes_pushed_out_to_the_host_give_the_same_answers(base: Path, tokenizer: Any) -> None:
+    fused = load_model(base, device="cuda", dtype="float32", backend="triton")
+    one = sum(state[0].nbytes for state in Engine(fused, tokenizer).slots.states) + 4 * 100
+    engine = Engine(fused, tokenizer, prefix_bytes=2 * one)
+    prompts = [tuple(range(10 * i + 3, 10 * i + 93)) for i in range(4)]
+    run(engine, *(Request(prompt, Settings(do_sample=False, max_new_tokens=1)) for prompt in prompts))
+    assert len(engine.prefixes) == 4 and engine.prefixes.demoted_bytes > 0
+    fresh = Engine(fused, tokenizer, prefix_bytes=0)
+    for prompt in prompts:
+        ticket = engine.submit(Request((*prompt, 5, 6), GREEDY))
+        while engine.step():
+            pass
+        assert ticket.cached_tokens == len(prompt)
+        same([ticket.answers], run(fresh, Request((*prompt, 5, 6), GREEDY)))
+
+
+@pytest.mark.gpu
 def test_bfloat16_graphs_say_what_the_reference_forms_say(base: Path, tokenizer: Any) -> None:
     """On a GPU: two graphs' sizes, reading and decoding; where bfloat16 could turn a choice, log-probabilities are compared instead."""
     model, fused = (load_model(base, device="cuda", dtype="bfloat16", backend=backend) for backend in ("reference", "triton"))

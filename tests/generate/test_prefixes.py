@@ -42,6 +42,25 @@ def test_the_budget_holds_and_the_least_recently_used_goes() -> None:
     assert len(prefixes) == 3 and prefixes.get("a", range(1000)) is None
 
 
+def test_what_the_device_has_no_room_for_goes_to_the_host_first() -> None:
+    one, moved = state(0, 1).num_bytes, []
+
+    def demote(one: State) -> State:
+        moved.append(one.ids)
+        return State(one.ids, one.states, {"host": True})
+
+    prefixes = Prefixes(2 * one, 4, demote)
+    for first in (10, 20, 30):
+        prefixes.put("a", state(first, 1))
+    assert moved == [(10, 1)] and prefixes.used == 3 * one and prefixes.demoted_bytes == one
+    assert prefixes.find("a", [10, 1, 5]).about == {"host": True}  # type: ignore[union-attr]
+    for first in (40, 50, 60):
+        prefixes.put("a", state(first, 1))
+    assert moved == [(10, 1), (20, 1), (30, 1), (40, 1)]
+    assert prefixes.used == 4 * one and prefixes.demoted_bytes == 2 * one and len(prefixes) == 4
+    assert [first for first in (10, 20, 30, 40, 50, 60) if prefixes.get("a", [first, 1])] == [10, 40, 50, 60]  # 10 was used since
+
+
 def test_a_state_that_is_not_finite_is_not_kept() -> None:
     prefixes = Prefixes(1 << 20, 4)
     prefixes.put("a", state(1, 2, value=torch.nan))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from tnl.generate.adapters import Adapters
 from tnl.generate.draft import NOT_FINITE, Draft
 from tnl.generate.host import Flight, Landed, States
+from tnl.generate.prefixes import State
 from tnl.generate.request import Logprob
 from tnl.generate.slots import Slots, copy_states, forward
 from tnl.kernels import dispatch, draw
@@ -153,6 +155,9 @@ class DeviceSteps:
         """[slots, V] int32, once somebody wants penalties."""
         self._control, self._inputs = Uploads(self.control), Uploads(self.inputs)
         self._version = adapters.version
+        if device.type == "cuda":
+            self.beside = torch.cuda.Stream(device)
+            """Where states go to the host while steps go on."""
 
     def warm(self) -> None:
         """Capture every shape of a base model's reading and decoding."""
@@ -164,10 +169,12 @@ class DeviceSteps:
 
     # ---------------------------------------------------------------- reading
 
-    def begin(self, slot: int | None, found: Sequence[Tensor] | None) -> States:
+    def begin(self, slot: int | None, found: State | None) -> States:
         states = [torch.zeros_like(state) for state in self.staged] if slot is None else self.slots.views(slot)
         if found is not None:
-            copy_states(states, found)
+            if found.ready is not None:
+                torch.cuda.current_stream(self.slots.device).wait_event(found.ready)
+            copy_states(states, found.states)
         return list(states)
 
     def read(self, ids: Sequence[int], states: States, seen: int, row: int) -> tuple[Tensor, States]:
@@ -282,6 +289,19 @@ class DeviceSteps:
         copies = [torch.empty_like(state) for state in states]
         copy_states(copies, states)
         return tuple(copies)
+
+    def demote(self, state: State) -> State:
+        """A copy in pinned host memory; the steps that follow do not wait for it."""
+        if self.slots.device.type != "cuda":
+            return state
+        beside, event = self.beside, torch.cuda.Event()
+        beside.wait_stream(torch.cuda.current_stream(self.slots.device))
+        with torch.cuda.stream(beside):
+            copies = tuple(map(fetched, state.states))
+            event.record(beside)
+        for one in state.states:
+            one.record_stream(beside)
+        return replace(state, states=copies, ready=event)
 
     def release(self, slot: int) -> None:
         self.table[slot] = 0

@@ -80,8 +80,8 @@ class Engine:
         self.adapters = adapters or Adapters(model)
         self.chunk = chunk or (32 if self.slots.device.type == "cpu" else 2048)
         self.grid = min(self.chunk, 64)
-        self.prefixes = Prefixes(prefix_bytes, self.grid)
         self.steps = steps_for(model, self.slots, self.adapters, self.chunk, self.grid)
+        self.prefixes = Prefixes(prefix_bytes, self.grid, self.steps.demote)
         self.key = model_key(model)
         self.queue = queue
         self.counts = Counts()
@@ -108,7 +108,7 @@ class Engine:
         Raises QueueFull, Closed, ValueError for what no request can be, KeyError where its adapter is not loaded.
         """
         vocabulary = self.model.config.vocab_size
-        if not request.ids or min(request.ids) < 0 or max(request.ids) >= vocabulary:
+        if not request.ids or request.packed.min() < 0 or request.packed.max() >= vocabulary:
             raise ValueError(f"a prompt has at least one id, each from 0 to {vocabulary - 1}")
         if not 1 <= request.n <= len(self.slots) or request.settings.max_new_tokens < 1:
             raise ValueError(f"n is from 1 to {len(self.slots)}, max_new_tokens at least 1")
@@ -155,6 +155,8 @@ class Engine:
         """Write what the model remembers after ids, read now where it is not kept. Raises StorageError."""
         scope = self.scope(adapter)
         state = self.prefixes.get(scope, ids) or self._read(ids, adapter)
+        if state.ready is not None:
+            state.ready.synchronize()
         save_state(path, State(state.ids, tuple(one.to("cpu", copy=True) for one in state.states), about or {}), scope)
 
     def load_state(self, path: Path, adapter: str | None = None) -> State:
@@ -257,11 +259,11 @@ class Engine:
                     return
                 ticket = self._waiting.popleft()
             request, scope = ticket.request, self.scope(ticket.request.adapter)
-            slots, found = [self.slots.take() for _ in range(request.n)], self.prefixes.find(scope, request.ids)
-            reading = Reading(ticket, slots, self.steps.begin(slots[0], found.states if found else None))
+            slots, found = [self.slots.take() for _ in range(request.n)], self.prefixes.find(scope, request.packed)
+            reading = Reading(ticket, slots, self.steps.begin(slots[0], found))
             if found:
                 reading.seen = ticket.cached_tokens = len(found.ids)
-            mark = self.prefixes.shared(scope, request.ids)
+            mark = self.prefixes.shared(scope, request.packed)
             reading.mark = mark if mark > reading.seen else 0
             self._reading.append(reading)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tnl.generate.adapters import Adapters
 from tnl.generate.draft import Draft, draw, logprobs_of
+from tnl.generate.prefixes import State
 from tnl.generate.request import Logprob
 from tnl.generate.sampling import History
 from tnl.generate.slots import Slots, head, read_chunk
@@ -35,11 +36,16 @@ class Steps(Protocol):
     ahead: bool
     """Whether the next step may start before the last one's tokens are on the host."""
 
+    @property
+    def demote(self) -> Callable[[State], State] | None:
+        """Copies a kept state from the device to the host; None where all are kept there."""
+        ...
+
     def warm(self) -> None:
         """Prepare what would otherwise be prepared at first use."""
         ...
 
-    def begin(self, slot: int | None, found: Sequence[Tensor] | None) -> States:
+    def begin(self, slot: int | None, found: State | None) -> States:
         """States [1, H, K, V] a layer to read a prompt into, for a slot or apart; found: where they go on from."""
         ...
 
@@ -86,6 +92,7 @@ class HostSteps:
     """`Steps` on any device, at few fixed shapes."""
 
     ahead = False
+    demote = None
 
     def __init__(self, model: Any, slots: Slots, adapters: Adapters, grid: int) -> None:
         self.model, self.slots, self.adapters, self.grid = model, slots, adapters, grid
@@ -95,8 +102,8 @@ class HostSteps:
     def warm(self) -> None:
         pass
 
-    def begin(self, slot: int | None, found: Sequence[Tensor] | None) -> States:
-        return [None] * len(self.slots.states) if found is None else [one.to(self.slots.device, copy=True) for one in found]
+    def begin(self, slot: int | None, found: State | None) -> States:
+        return [None] * len(self.slots.states) if found is None else [one.to(self.slots.device, copy=True) for one in found.states]
 
     def read(self, ids: Sequence[int], states: States, seen: int, row: int) -> tuple[Tensor, States]:
         size = -(-len(ids) // self.grid) * self.grid

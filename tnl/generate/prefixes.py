@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from array import array
 from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,16 +28,19 @@ FORMAT = 1
 RECENT = 64
 """Prompts that a new one is compared with, to find what they share."""
 HEADER = "tnl_state"
+Ids = Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True)
 class State:
-    """States [1, H, K, V], one a layer on the CPU, that have read exactly ids. Never changed once made: any number may go on from it."""
+    """States [1, H, K, V], one a layer, that have read exactly ids. Never changed once made: any number may go on from it."""
 
     ids: tuple[int, ...]
     states: tuple[Tensor, ...]
     about: Mapping[str, Any] = field(default_factory=dict)
     """What a file says besides: messages, template, system."""
+    ready: torch.cuda.Event | None = None
+    """Where the states are still being copied: what has to happen before they are read."""
 
     @property
     def num_bytes(self) -> int:
@@ -66,10 +68,15 @@ class Prefixes:
 
     grid: where a shared beginning is cut, in tokens. A prompt read by chunks of that size gives the same bits whether its
     beginning was found here or read anew; a conversation's end lies anywhere, and going on from it equals reading all anew within rounding.
+    demote: copies a state from the device to the host; then the budget bounds either place, and what is pushed out of the device
+    goes to the host before it is forgotten.
     """
 
-    def __init__(self, budget: int, grid: int) -> None:
-        self.budget, self.grid = budget, grid
+    def __init__(self, budget: int, grid: int, demote: Callable[[State], State] | None = None) -> None:
+        self.budget, self.grid, self.demote = budget, grid, demote
+        self._demoted: set[tuple[str, bytes]] = set()
+        self.demoted_bytes = 0
+        """Bytes of `used` that are on the host."""
         self.used = self.hits = self.misses = self.saved_tokens = 0
         self._states: OrderedDict[tuple[str, bytes], State] = OrderedDict()
         self._lengths: dict[str, dict[int, int]] = {}
@@ -80,7 +87,7 @@ class Prefixes:
     def __len__(self) -> int:
         return len(self._states)
 
-    def find(self, scope: str, ids: Sequence[int]) -> State | None:
+    def find(self, scope: str, ids: Ids) -> State | None:
         """The longest state that leaves at least one of ids to read."""
         with self._lock:
             lengths = sorted(length for length in self._lengths.get(scope, ()) if length < len(ids))
@@ -93,17 +100,17 @@ class Prefixes:
             self.saved_tokens += len(found.ids) if found else 0
             return found
 
-    def get(self, scope: str, ids: Sequence[int]) -> State | None:
+    def get(self, scope: str, ids: Ids) -> State | None:
         """The state of exactly these ids."""
         with self._lock:
             return self._states.get((scope, digests(ids, [len(ids)])[0]))
 
-    def shared(self, scope: str, ids: Sequence[int]) -> int:
+    def shared(self, scope: str, ids: Ids) -> int:
         """How many leading ids (a multiple of the grid, at least one id left to read) stood at the beginning of a recent prompt too.
 
         Remembers the prompt: so the second that begins alike makes the state, and the third finds it.
         """
-        mine = np.array(ids, dtype=np.int32)
+        mine = np.asarray(ids, dtype=np.int32)
         with self._lock:
             longest = max((common(mine, other) for of, other in self._recent if of == scope), default=0)
             if self.budget:
@@ -112,7 +119,7 @@ class Prefixes:
 
     def put(self, scope: str, state: State) -> None:
         """Keep a state; one that is not finite, or larger than the budget, is not kept."""
-        if state.num_bytes > self.budget or not state.ids or not all(bool(one.isfinite().all()) for one in state.states):
+        if state.num_bytes > self.budget or not state.ids or not finite(state):
             return
         key = (scope, digests(state.ids, [len(state.ids)])[0])
         with self._lock:
@@ -123,23 +130,40 @@ class Prefixes:
             self.used += state.num_bytes
             counts = self._lengths.setdefault(scope, {})
             counts[len(state.ids)] = counts.get(len(state.ids), 0) + 1
-            while self.used > self.budget:
-                self._drop(next(iter(self._states)))
+            while self.used - self.demoted_bytes > self.budget:
+                oldest = next(one for one in self._states if one not in self._demoted)
+                if self.demote is None:
+                    self._drop(oldest)
+                else:
+                    self._states[oldest] = self.demote(self._states[oldest])
+                    self._demoted.add(oldest)
+                    self.demoted_bytes += self._states[oldest].num_bytes
+            while self.demoted_bytes > self.budget:
+                self._drop(next(one for one in self._states if one in self._demoted))
 
     def _drop(self, key: tuple[str, bytes]) -> None:
         state = self._states.pop(key)
         self.used -= state.num_bytes
+        if key in self._demoted:
+            self._demoted.remove(key)
+            self.demoted_bytes -= state.num_bytes
         counts = self._lengths[key[0]]
         counts[len(state.ids)] -= 1
         if not counts[len(state.ids)]:
             del counts[len(state.ids)]
 
 
-def digests(ids: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
+def finite(state: State) -> bool:
+    """Whether a state holds no NaN or infinity. On a GPU that is not looked at: the engine keeps what sound logits have come from."""
+    return all(one.is_cuda or bool(one.isfinite().all()) for one in state.states)
+
+
+def digests(ids: Ids, lengths: Sequence[int]) -> list[bytes]:
     """SHA-256 of the first n ids for each n of lengths (ascending), in one pass."""
     total, done, found = hashlib.sha256(), 0, []
+    packed = np.asarray(ids, dtype=np.int32) if lengths else np.empty(0, np.int32)
     for length in lengths:
-        total.update(array("i", ids[done:length]).tobytes())
+        total.update(packed[done:length].tobytes())
         done = length
         found.append(total.copy().digest())
     return found

@@ -6,7 +6,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
+
+import numpy as np
 
 from tnl.generate.sampling import Settings
 
@@ -40,6 +43,11 @@ class Request:
     """How many of the most probable tokens are told beside each that was drawn; None tells nothing."""
     adapter: str | None = None
     """Key of a loaded adapter (`Adapters.load`); None is the base."""
+
+    @cached_property
+    def packed(self) -> np.ndarray:
+        """ids as int32, made once: a long prompt is looked at several times. Raises OverflowError where an id is larger."""
+        return np.fromiter(self.ids, np.int32, len(self.ids))
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,9 @@ from tnl.serve.protocol import bounded
 from tnl.serve.runs import Runs
 
 log = logging.getLogger("tnl.serve")
+SWITCH_SECONDS = 2e-4
+"""How long Python's threads wait for one another. The engine's asks for the interpreter some twenty times a step, which is short on a
+GPU: at the default of 5 ms the loop that writes to the clients would hold it up."""
 
 
 class ServeOptions(Options, total=False):
@@ -53,7 +56,7 @@ class ServeOptions(Options, total=False):
     queue: int | None
     """Requests that may wait."""
     prefix_bytes: int | None
-    """Host memory for the states of prompts' beginnings."""
+    """Host memory for the states of prompts' beginnings, and as much again of a GPU's."""
     max_tokens: int | None
     """Tokens of an answer."""
     max_prompt: int | None
@@ -106,6 +109,7 @@ def run(model_or_run: str, host: str = "127.0.0.1", port: int = 8000, **options:
         shown_host = f"[{host}]" if ":" in host else host
         log.info("http://%s:%d/v1 serves %s", shown_host, listening.getsockname()[1], names)
         service.engine.warm()
+        sys.setswitchinterval(SWITCH_SECONDS)
         # what is there now stays: the collector, which a body of many small objects wakes, need not look at it again
         gc.collect()
         gc.freeze()
