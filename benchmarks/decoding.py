@@ -9,6 +9,7 @@ Random weights of the real shapes, made on the device. "engine" is what a client
 """
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -311,6 +312,7 @@ def main() -> int:
         if not options.no_parity and (complaints := parity(options.model, device, tokenizer)):
             print("PARITY FAILS; no figure is printed:", *complaints, sep="\n  ")
             return 1
+        gc.collect()  # graphs and engines of the parity check, which hold one another
         print(f"parity took {time.time() - begin:.0f} s", flush=True)
         model = in_memory(options.model, device, torch.bfloat16 if device == "cuda" else torch.float32)
         engine = Engine(model, tokenizer, slots=max(options.slots), prefix_bytes=0, queue=1024)

@@ -8,6 +8,7 @@ greedy answers without end. No figure without decoding.py's parity (`--no-parity
 
 import argparse
 import asyncio
+import gc
 import json
 import multiprocessing
 import statistics
@@ -120,6 +121,7 @@ def main() -> int:
     if not options.no_parity and (complaints := parity(options.model, device, tokenizer)):
         print("PARITY FAILS; no figure is printed:", *complaints, sep="\n  ")
         return 1
+    gc.collect()  # graphs and engines of the parity check, which hold one another
     model = in_memory(options.model, device, torch.bfloat16 if device == "cuda" else torch.float32)
     engine = Engine(model, tokenizer, adapters=Adapters(model), slots=options.streams, prefix_bytes=0, queue=2 * options.streams)
     engine.warm()

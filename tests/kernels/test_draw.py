@@ -39,7 +39,7 @@ def table(settings: list[Settings], uniform: Tensor) -> Tensor:
 
 
 def test_draws_are_those_of_sampling() -> None:
-    V, turns = 5003, 4
+    V, turns = 4999, 2
     torch.manual_seed(0)
     B = len(SETTINGS)
     logits = torch.randn(turns, B, V) * 3

@@ -14,7 +14,7 @@ BOUND = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 6e-3}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + [torch.bfloat16] * CUDA)
-@pytest.mark.parametrize(("N", "H", "V"), [(1, 1, 16), (3, 2, 128), (2, 2, 24), (9, 32, 16)])
+@pytest.mark.parametrize(("N", "H", "V"), [(1, 1, 16), (3, 2, 128), (2, 2, 24), pytest.param(9, 32, 16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("lrpe", [False, True])
 def test_the_fused_step_is_the_reference(N: int, H: int, V: int, lrpe: bool, dtype: torch.dtype) -> None:
     K = 2 * V if lrpe else V
