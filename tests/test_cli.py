@@ -104,11 +104,24 @@ def test_every_target_exists_and_takes_what_it_is_given(command: str) -> None:
     module, _, function = cli.TARGETS[command].partition(":")
     target = getattr(importlib.import_module(module), function)
     options = typer.main.get_command(cli.app).commands[command].params  # type: ignore[attr-defined]
-    names = [parameter.name for parameter in options if parameter.name != "help"]
+    names = [parameter.name for parameter in options if parameter.name not in ("help", "num_processes")]
     positional = {"serve": ("model_or_run", "host", "port"), "page": ("model_or_run", "server", "port")}.get(command, names)
     by_name = ("memory", "allow_change", *(cli.TALK if command in ("chat", "generate") else ()))
     shared = [name for name in names if name in by_name or name not in positional]
     inspect.signature(target).bind(*(name for name in names if name not in shared), **dict.fromkeys(shared))
+
+
+@pytest.mark.parametrize("option", [["--num-processes", "3"], ["--num-processes=3"]])
+def test_several_processes_run_the_same_command_without_that_option(
+    option: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "r.yaml").write_text(SMALL, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    asked: list[Any] = []
+    monkeypatch.setattr("tnl.train.launch.start", lambda count, arguments: asked.append((count, arguments)) or 7)
+    given = ["train", "r.yaml", *option, "train.seed=1"]
+    monkeypatch.setattr(sys, "argv", ["tnl", *given])
+    assert main(*given) == 7 and asked == [(3, ["train", "r.yaml", "train.seed=1"])]
 
 
 @pytest.mark.parametrize(

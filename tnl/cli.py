@@ -1,11 +1,13 @@
 """The command line: one table from command to function, imported only when it is called, so that help and mistakes answer at once."""
 
+import atexit
 import errno
 import importlib
 import inspect
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from importlib.metadata import version
@@ -54,6 +56,7 @@ app = typer.Typer(
 
 Allow = Annotated[list[str] | None, typer.Option(help="A field of the run that may have changed since it began; recorded in run.json.")]
 Memory = Annotated[float | None, typer.Option(min=0.5, help="GiB of the GPU that may be used, as if the card were smaller.")]
+Processes = Annotated[int | None, typer.Option(min=1, help="Processes on this machine that train together, one a GPU.")]
 Base = Annotated[str | None, typer.Option(help="The base model, where it is no longer where the run found it.")]
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file such as those in recipes/.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Values that replace the recipe's.")]
@@ -101,17 +104,27 @@ def _options(
 
 
 @app.command()
-def train(recipe: RecipePath, overrides: Overrides = None, memory: Memory = None, allow_change: Allow = None) -> None:
+def train(
+    recipe: RecipePath, overrides: Overrides = None, memory: Memory = None, allow_change: Allow = None, num_processes: Processes = None
+) -> None:
     """Fine-tune as a recipe says; the same command again continues an unfinished run."""
-    _check_recipe(recipe, overrides)
+    if os.environ.get("RANK", "0") == "0":  # of processes that were launched together the first speaks
+        _check_recipe(recipe, overrides)
+    if num_processes is not None:
+        _launch(num_processes)
     _call("train", recipe, overrides or [], memory=memory, allow_change=allow_change or [])
 
 
 @app.command()
 def resume(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")], memory: Memory = None, allow_change: Allow = None
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    memory: Memory = None,
+    allow_change: Allow = None,
+    num_processes: Processes = None,
 ) -> None:
     """Continue an unfinished run from its newest valid checkpoint."""
+    if num_processes is not None:
+        _launch(num_processes)
     _call("resume", run, memory=memory, allow_change=allow_change or [])
 
 
@@ -236,6 +249,17 @@ def demo(
     _call("demo", name, out)
 
 
+def _launch(count: int) -> None:
+    """Start this command again in so many processes, and exit as they do."""
+    # only who asks for processes needs them
+    from tnl.train.launch import start
+
+    given = iter(sys.argv[1:])
+    # typer has read them: what is left is the same command without this option
+    kept = [word for word in given if not (word.startswith("--num-processes") and ("=" in word or next(given)))]
+    raise typer.Exit(start(count, kept))
+
+
 def _check_recipe(recipe: Path, overrides: list[str] | None) -> None:
     """Find a recipe's mistakes before torch is imported."""
     # pydantic and ruamel.yaml: help need not wait for them
@@ -272,7 +296,18 @@ def main(arguments: list[str] | None = None) -> None:
             code = report(error, debug, next((word for word in options if word in TARGETS), ""))
     if code == 130 and not any(said):  # typer makes a code of KeyboardInterrupt
         print("interrupted", file=sys.stderr)
-    sys.exit(code if isinstance(code, int) else 0)
+    code = code if isinstance(code, int) else 0
+    if "RANK" in os.environ:
+        _end(code)
+    sys.exit(code)
+
+
+def _end(code: int) -> None:
+    """End one of several processes: threads of gloo that outlive the interpreter would abort it, whatever it has done."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def _check_folder() -> None:
@@ -303,6 +338,8 @@ def report(error: BaseException, debug: bool, command: str = "") -> int:
     if debug:
         traceback.print_exception(error)
     code, line = _explain(error, command)
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)  # the first of processes that train together says the same, and its launcher then ends this one
     if line:
         print(line, file=sys.stderr)
     return code

@@ -85,12 +85,6 @@ def test_values_that_cannot_act(fields: dict[str, Any], words: str) -> None:
         build(**fields)
 
 
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RecipeError, match="torchrun"):
-        build()
-
-
 def test_bf16_means_the_weights() -> None:
     args, _ = build(bf16=True)
     assert not args.bf16 and arguments.asks_for_bfloat16(TrainSection(bf16=True)) and not arguments.asks_for_bfloat16(TrainSection())

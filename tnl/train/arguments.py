@@ -79,8 +79,6 @@ def build(section: TrainSection, where: Where, run: Path, device: torch.device, 
     """
     given = section.arguments()
     check(given, where, measured)
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise RecipeError("", f"started as one of {os.environ['WORLD_SIZE']} processes", "Start it without torchrun or accelerate launch.")
     records = section.per_device_train_batch_size * section.gradient_accumulation_steps
     patience = given.get("early_stopping_patience")
     settings = Settings(
@@ -103,8 +101,12 @@ def build(section: TrainSection, where: Where, run: Path, device: torch.device, 
         "remove_unused_columns": False,
         "logging_nan_inf_filter": False,
         "metric_for_best_model": section.metric_for_best_model or "eval_loss",
+        # every trained weight takes part in the pass that sums gradients
+        "ddp_find_unused_parameters": bool(given.get("ddp_find_unused_parameters")),
     }
     rename_checkpointing(fields)
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports deepspeed where it is installed, which else looks for a card
     try:
         arguments = TrainingArguments(**fields)
     except (ValueError, TypeError, ImportError, NotImplementedError, RuntimeError) as error:

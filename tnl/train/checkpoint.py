@@ -7,6 +7,7 @@ Trainer's state as JSON. No generator states: the randomness of a step is a func
 import copy
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,19 @@ from torch import Tensor, nn
 
 from tnl.errors import ModelError, NumbersError
 from tnl.evaluate.perplexity import causal_lm
+from tnl.train.engines import Engine
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG, FULL_WEIGHTS = "adapter_model.safetensors", "adapter_config.json", "model.safetensors"
 OPTIMIZER, SCHEDULE, STATE = "optimizer.pt", "scheduler.pt", "trainer_state.json"
 
 
-def save_weights(model: nn.Module, folder: Path, base: str | None = None) -> None:
+def save_weights(model: nn.Module, folder: Path, base: str | None = None, weights: dict[str, Tensor] | None = None) -> None:
     """Write the trained weights into a folder: the adapter in peft's plain format, or a whole model that from_pretrained loads.
 
-    base: what the adapter's config names as its base model. Raises NumbersError where a weight is not finite.
+    base: what the adapter's config names as its base model. weights: `trained_tensors`, whole and on the CPU, where the model's are
+    shared out. Raises NumbersError where a weight is not finite.
     """
-    weights = trained_weights(model)
+    weights = trained_weights(model) if weights is None else weights
     for name, tensor in weights.items():
         if not bool(torch.isfinite(tensor).all()):
             raise NumbersError(folder.name, f"the weight {name} is not finite, so nothing was saved", "Lower train.learning_rate.")
@@ -47,16 +50,21 @@ def save_weights(model: nn.Module, folder: Path, base: str | None = None) -> Non
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     """Name -> tensor on the CPU of all that is saved, in order of the names; a tied weight once."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in trained_tensors(model).items()}
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The same as they stand in the model."""
     if isinstance(model, PeftModel):
         found = get_peft_model_state_dict(model, save_embedding_layers=False)
     else:
         tied = getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or {}
         shared = set(tied) if causal_lm(model).config.tie_word_embeddings else set()
         found = {name: tensor for name, tensor in model.state_dict().items() if name not in shared}
-    return {name: found[name].detach().cpu().contiguous() for name in sorted(found)}
+    return {name: found[name] for name in sorted(found)}
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
+def load_weights(model: nn.Module, folder: Path, engine: Engine | None = None) -> None:
     """Put the weights of a (verified) folder into the model. Raises ModelError where names or shapes are not exactly the model's."""
     adapted = isinstance(model, PeftModel)
     path = folder / (ADAPTER_WEIGHTS if adapted else FULL_WEIGHTS)
@@ -66,12 +74,14 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         loaded = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ModelError(path, f"cannot be read ({error})", "Use another checkpoint.") from None
-    there = get_peft_model_state_dict(model, save_embedding_layers=False) if adapted else trained_weights(model)
+    there = trained_tensors(model)
     for name in sorted({*there, *loaded}):
         found, needed = shape(loaded.get(name)), shape(there.get(name))
         if found != needed:
             raise ModelError(path, f"is not of this run: {name} (found {found}; needed {needed})", "Use another checkpoint.")
-    if adapted:
+    if engine is not None and engine.sharded:
+        engine.load([(there[name], loaded[name]) for name in there])
+    elif adapted:
         set_peft_model_state_dict(model, loaded)
     else:
         model.load_state_dict(loaded, strict=False)  # the key sets were compared; only tied names are missing
@@ -97,9 +107,8 @@ def shape(tensor: Tensor | None) -> str:
     return "nothing" if tensor is None else str(tuple(tensor.shape))
 
 
-def save_training_state(folder: Path, optimizer: Any, scheduler: Any, state: Any) -> None:
-    """Write optimizer, schedule and Trainer's state. Raises NumbersError where the optimizer's state is not finite."""
-    values = optimizer.state_dict()
+def save_training_state(folder: Path, values: dict[str, Any], scheduler: Any, state: Any) -> None:
+    """Write the optimizer's state, schedule and Trainer's state. Raises NumbersError where the optimizer's state is not finite."""
     for name, tensor in tensors_of(values["state"], "optimizer"):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise NumbersError(folder.name, f"{name} is not finite, so nothing was saved", "Lower train.learning_rate.")
@@ -110,12 +119,12 @@ def save_training_state(folder: Path, optimizer: Any, scheduler: Any, state: Any
     state.save_to_json(str(folder / STATE))
 
 
-def load_training_state(folder: Path, optimizer: Any, scheduler: Any) -> None:
+def load_training_state(folder: Path, optimizer: Any, scheduler: Any, engine: Engine) -> None:
     """Put optimizer and schedule back. Raises ModelError where a file is missing, holds anything but tensors, or does not fit."""
-    for name, target in ((OPTIMIZER, optimizer), (SCHEDULE, scheduler)):
+    for name, take in ((OPTIMIZER, partial(engine.load_optimizer_state, optimizer)), (SCHEDULE, scheduler.load_state_dict)):
         path = folder / name
         try:
-            target.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            take(torch.load(path, map_location="cpu", weights_only=True))
         except Exception as error:
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelError(path, f"cannot be continued from ({said[:200]})", "Use another checkpoint.") from None

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from tnl.errors import NumbersError
 from tnl.train.checkpoint import tensors_of
+from tnl.train.engines import Engine
 from tnl.train.lora import adapter_matrices, trainable
 from tnl.train.order import Batch
-from tnl.train.step import StepResult, gradient_norms, names
+from tnl.train.step import StepResult, alone, names
 
 STEPS_TO_GRADIENTS = 4
 """By then every adapter matrix must have had a gradient: B at step 1, A as soon as B has moved (step 3 where the warm-up starts at 0)."""
@@ -20,8 +21,8 @@ STEPS_TO_GRADIENTS = 4
 class Guard:
     """Checks every optimizer step between its gradients and its update."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, engine: Engine | None = None) -> None:
+        self.model, self.engine = model, engine or alone(model)
         self.parameters = trainable(model)
         matrices = set(adapter_matrices(model))
         device = self.parameters[0][1].device
@@ -41,10 +42,10 @@ class Guard:
 
         number: of the step, from 1. loss_of: measures one record, to name the guilty ones. Raises NumbersError before the update.
         """
-        self.norms = gradient_norms(p for _, p in self.parameters)
-        kept = kept_by(optimizer)
-        watched = torch.stack([result.loss.float(), *(torch._foreach_norm(kept) if kept else ())]).to(self.norms.device)
-        if not bool(torch.isfinite(torch.cat([self.norms, watched.float()])).all()):
+        self.norms = self.engine.norms(self.engine.gradients([p for _, p in self.parameters]))
+        kept = self.engine.norms([*kept_by(optimizer), None])
+        watched = torch.cat([self.norms, kept.to(self.norms.device), result.loss.float()[None].to(self.norms.device)])
+        if not bool(torch.isfinite(watched).all()):
             raise self.not_finite(result, batch, optimizer, number, loss_of)
         self.had_gradient |= self.norms > 0
         self.steps += 1
@@ -56,11 +57,13 @@ class Guard:
     ) -> NumbersError:
         """Say which step, which records and which tensor; only a run that ends pays for finding out."""
         loss = float(result.loss)
-        bad = first_bad(self.model, optimizer)
+        bad = None if self.engine.sharded else first_bad(self.model, optimizer)
         if math.isfinite(loss):
             what = f"the loss is {loss:.4f}, but {bad or 'the gradient norm'} is not finite (records: {names(batch.records)})"
         else:
-            guilty = [record for record in batch.records if not math.isfinite(loss_of(record))] or batch.records
+            # a record alone cannot be measured where every process holds a part of the weights
+            guilty = [] if self.engine.sharded else [record for record in batch.records if not math.isfinite(loss_of(record))]
+            guilty = guilty or batch.records
             what = f"the loss is {loss} (records: {names(guilty)}; first bad tensor: {bad or 'none, it arises in the computation'})"
         todo = (
             "No weight was changed by this step, and checkpoints before it are whole. Lower train.learning_rate, or look at these records."

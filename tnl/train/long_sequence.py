@@ -35,7 +35,7 @@ def streamed_backward(
     segment_length: int,
     loss: Loss,  # sum over hidden [M, D] and targets [M]
     *,
-    supervised: int,
+    supervised: float,
     offload: Offload = "auto",
     mode: Mode = "fast",
     every: int | None = None,
@@ -124,7 +124,7 @@ class _Stream:
     batch: Batch
     segments: list[Segment]
     loss: Loss
-    supervised: int
+    supervised: float
     lean: bool
     seed: int
 

@@ -19,6 +19,7 @@ from tnl.adapter.load import load_adapter
 from tnl.adapter.metadata import Metadata, describe, write_metadata
 from tnl.data.build import Dataset, build
 from tnl.data.files import find_files
+from tnl.data.store import lengths_of
 from tnl.data.template import TEMPLATES
 from tnl.errors import ModelError, NumbersError
 from tnl.evaluate import generation
@@ -29,9 +30,10 @@ from tnl.model.convert import read_config, weight_files
 from tnl.model.load import load_model, load_tokenizer, pick_device
 from tnl.model.tokenization_baichuan import BaiChuanTokenizer
 from tnl.recipe.load import Recipe, dump, load
-from tnl.run_dir import RunDir, fingerprint, hold, latest_valid, open_run
+from tnl.run_dir import RunDir, fingerprint, open_run
 from tnl.storage import staged, storage
-from tnl.train import arguments, callbacks, checkpoint, lora, plan, segments
+from tnl.train import arguments, callbacks, checkpoint, lora, plan, segments, together
+from tnl.train.engines import Engine
 from tnl.train.paths_taken import paths_taken, words
 from tnl.train.signals import StopSignals
 from tnl.train.step import Rows
@@ -61,45 +63,48 @@ def resume(run_path: Path, *, memory: float | None = None, allow_change: Sequenc
 
 
 def train(recipe: Recipe, memory: float | None, allow: Sequence[str] = ()) -> RunDir:
-    """The pipeline: recipe, tokenizer, data, model, LoRA, trainer, save."""
+    """The pipeline: recipe, tokenizer, data, model, LoRA, trainer, save; on several processes, each step of it together."""
+    crew = together.join(recipe.train)
+    console.quiet = not crew.leads
     for line in recipe.notices:
         say(line)
-    base = prepare(recipe, memory)
+    base = together.in_turn(crew, lambda: prepare(recipe, memory))
     path = Path(recipe.train.output_dir)
-    facts = fingerprint_of(recipe, base)
+    with crew.together():
+        facts = fingerprint_of(recipe, base)
+    crew.require_same(together.comparable(recipe, facts))
     # no folder is made before there is something to put into it
-    if occupied(path) and open_run(path, facts, allow)[1] == "finished":
+    with crew.together():
+        finished = crew.saves and occupied(path) and open_run(path, facts, allow)[1] == "finished"
+    if crew.share(finished):
         say(f"{path}: this run is finished: tnl chat {path}")
         return RunDir(path)
-    data = build(recipe.data, base.tokenizer, seed=recipe.train.seed)  # type: ignore[arg-type]
+    data = together.read(crew, lambda: build(recipe.data, base.tokenizer, seed=recipe.train.seed))  # type: ignore[arg-type]
     show_data(data)
-    args, settings = arguments.build(recipe.train, recipe.where, path, base.device, bool(data.eval))
-    rows = plan_rows(recipe, base, data, memory)
-    loaded = load_model(base.folder, dtype=base.dtype, device=base.device, backend=recipe.model.backend)
-    model = lora.attach(loaded, recipe.lora, recipe.where, recipe.train.seed, say)
+    with crew.together():
+        args, settings = arguments.build(recipe.train, recipe.where, path, base.device, bool(data.eval))
+        rows = together.same_rows(crew, plan_rows(recipe, base, data, memory))
+        loaded = load_model(base.folder, dtype=base.dtype, device=base.device, backend=recipe.model.backend)
+        model = lora.attach(loaded, recipe.lora, recipe.where, recipe.train.seed, say)
     show_table(model)
-    paths = paths_taken(model, rows)
-    say(words(paths))
-    work, _ = open_run(path, facts, allow)
-    with hold(work), StopSignals() as stop:
-        folder, notices = latest_valid(work)
-        begin(work, recipe, folder, notices)
-        live = callbacks.Live(console, settings.plain)
-        watchers = [callbacks.Metrics(work.metrics), live]
+    live = callbacks.Live(console, settings.plain)
+    with together.held(crew, path, facts, allow) as (work, folder, notices), StopSignals() as stop, closing(live):
+        watchers = [callbacks.Metrics(work.metrics), live] if crew.leads else []
         trainer = TnlTrainer(model, args, settings, rows, data.train, data.eval, watchers, stop.asked)
+        trainer.engine, trainer.stop = Engine(crew, base.device), stop
+        stop.quiet = not crew.leads
+        if crew.size > 1:
+            trainer.stop_requested = lambda: False  # until all have heard of it
         rows.say = live.say
         trainer.where = recipe.where
-        trainer.about = describe_result(work, recipe, lora.is_adapted(model))
-        work.update_metadata(data=counts(data), paths=paths)
-        trainer.preflight()
-        samples = sample_before(work, recipe, base, data, model, folder, stop)
-        if stop.requested:
-            stopped_early(work, folder, stop)
-        with closing(live):
+        samples = first_words(recipe, base, data, trainer, stop, folder, notices)
+        with crew.said_once():
             trainer.train(resume_from_checkpoint=None if folder is None else str(folder))
-        if stop.requested:
-            interrupted(work, trainer, stop)
-        finish(work, recipe, base, trainer, samples, stop)
+        with crew.together():
+            if stop.requested and crew.saves:
+                interrupted(work, trainer, stop)
+            if crew.saves:
+                finish(work, recipe, base, trainer, samples, stop)
     return work
 
 
@@ -124,7 +129,7 @@ def prepare(recipe: Recipe, memory: float | None = None, *, weights: bool = True
     """Find the base model and decide where it is trained, and in which numbers. weights: False leaves those of a repository there."""
     folder = hub.resolve(recipe.model.path, recipe.model.hub, recipe.model.revision, weights=weights)
     config = read_config(folder)
-    device = pick_device("cpu" if recipe.train.use_cpu else "auto")
+    device = together.own_device(pick_device("cpu" if recipe.train.use_cpu else "auto"))
     # read when cuBLAS first runs: the same recipe gives the same bits on a GPU too
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if memory is not None:
@@ -149,7 +154,7 @@ def fingerprint_of(recipe: Recipe, base: Base) -> dict[str, Any]:
 
 def plan_rows(recipe: Recipe, base: Base, data: Dataset, memory: float | None) -> Rows:
     """Rows that fit this machine, said in one line. Raises MemoryBudgetError before any weight is loaded."""
-    longest = max(len(record["input_ids"]) for record in [*data.train, *data.eval])
+    longest = max([*lengths_of(data.train), *lengths_of(data.eval)])
     needs = plan.make(base.config, recipe.lora, base.dtype, base.device, recipe.train.optim, recipe.where, recipe.model.backend)
     layout = segments.lay_out(needs, base.config, base.device, plan.here(base.device, memory), longest, recipe.train)
     choice = layout.choice
@@ -164,6 +169,28 @@ def plan_rows(recipe: Recipe, base: Base, data: Dataset, memory: float | None) -
     rows = Rows(budget, padded, label_smoothing=recipe.train.label_smoothing_factor, say=say)
     rows.segment_length, rows.offload = layout.segment_length, recipe.train.state_offload
     return rows
+
+
+def first_words(
+    recipe: Recipe, base: Base, data: Dataset, trainer: TnlTrainer, stop: StopSignals, folder: Path | None, notices: Sequence[str]
+) -> tuple[list[generation.Sample], list[list[int]]]:
+    """Say where the run starts, and answer its questions before training; ends where a signal has come."""
+    crew, work = trainer.engine.crew, trainer.run
+    paths = paths_taken(trainer.net, trainer.rows)
+    say(words(paths))
+    samples: tuple[list[generation.Sample], list[list[int]]] = ([], [])
+    with crew.together():
+        if crew.saves:
+            begin(work, recipe, folder, notices)
+            trainer.about = describe_result(work, recipe, lora.is_adapted(trainer.net))
+            work.update_metadata(data=counts(data), paths=paths)
+            trainer.preflight()
+        if crew.leads:
+            samples = sample_before(work, recipe, base, data, trainer.net, folder, stop)
+    stop.requested = next((number for number in crew.gather(stop.requested) if number), None)
+    if stop.requested:
+        stopped_early(work, folder, stop)
+    return samples
 
 
 def begin(work: RunDir, recipe: Recipe, folder: Path | None, notices: Sequence[str]) -> None:

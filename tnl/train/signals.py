@@ -20,6 +20,8 @@ class StopSignals:
         self.requested: int | None = None
         self.words = "the step is finished and saved first"
         """What happens before the process ends, for the person who asked it to."""
+        self.quiet = False
+        """Of processes that train together one speaks."""
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -37,7 +39,8 @@ class StopSignals:
             sys.stderr.flush()
             os._exit(128 + number)
         self.requested = number
-        os.write(2, f"\nstopping: {self.words} (once more: at once)\n".encode())
+        if not self.quiet:
+            os.write(2, f"\nstopping: {self.words} (once more: at once)\n".encode())
 
     def asked(self) -> bool:
         """Whether to stop."""

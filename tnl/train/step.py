@@ -6,7 +6,7 @@ or padded give the same gradients within float error, and so does a last step of
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,6 +30,8 @@ from tnl.evaluate.perplexity import (
     supervised_positions,
 )
 from tnl.kernels.linear_cross_entropy import linear_cross_entropy
+from tnl.train.crew import Crew
+from tnl.train.engines import Engine
 from tnl.train.long_sequence import streamed_backward
 from tnl.train.state_store import Offload
 
@@ -75,6 +77,10 @@ class Rows:
         long = [collate_rows([record]) for record in records if self.streams(len(record["input_ids"]))]
         return long + [collate_padded(whole[i : i + self.padded], self.pad_id) for i in range(0, len(whole), self.padded)]
 
+    def idle(self) -> dict[str, Tensor]:
+        """A row that teaches nothing, for a process that must compute as many as the others."""
+        return collate_rows([{"id": "", "input_ids": [self.pad_id] * 2, "labels": [-100, -100]}])
+
     def streams(self, tokens: int) -> bool:
         """Whether a row of so many tokens is computed in segments."""
         return self.segment_length is not None and tokens > self.segment_length
@@ -115,9 +121,12 @@ class StepResult:
     rows: int
 
 
-def step(model: nn.Module, records: Sequence[dict[str, Any]], rows: Rows, seed: int | None = None) -> StepResult:
+def step(
+    model: nn.Module, records: Sequence[dict[str, Any]], rows: Rows, seed: int | None = None, engine: Engine | None = None
+) -> StepResult:
     """Add the gradients of one optimizer step to the parameters, which had none.
 
+    engine: where several processes train together, each computes its share; loss and gradients are those of all records.
     seed: where the step's random numbers start, so that a repeated step repeats them; an adapter's dropout masks are a function of it,
     of the record's id and of the token's position in the record, however rows are laid out. Reads nothing from the device.
     Raises DataError where no token is supervised, MemoryBudgetError where even the smallest rows do not fit.
@@ -127,16 +136,22 @@ def step(model: nn.Module, records: Sequence[dict[str, Any]], rows: Rows, seed: 
         raise DataError(names(records), "no token of these records is supervised", "Give records with an answer.")
     if seed is not None:
         records = [{**record, "draw": seed_of(seed, str(record["id"]))} for record in records]
+    engine = engine or alone(model)
+    mine = engine.share(records)
     while True:
         if seed is not None:
             seed_all(seed)
+        total, count, failed = torch.zeros((), device=engine.device), 0, False
         try:
-            total, count = forward_backward(model, rows, records, supervised)
-            break
+            total, count = forward_backward(model, rows, mine, supervised, engine)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or engine.sharded:
                 raise
+            failed = True
         # outside the handler, so that its traceback no longer holds the activations
+        total, failed = engine.settle(model, total, failed)
+        if not failed:
+            break
         model.zero_grad(set_to_none=True)
         release_memory()
         if not rows.shrink(model, records):
@@ -144,27 +159,39 @@ def step(model: nn.Module, records: Sequence[dict[str, Any]], rows: Rows, seed: 
     return StepResult(total, sum(len(record["input_ids"]) for record in records), supervised, count)
 
 
-def forward_backward(model: nn.Module, rows: Rows, records: Sequence[dict[str, Any]], supervised: int) -> tuple[Tensor, int]:
-    """Row by row: each row's graph is gone before the next begins. Returns the step's loss and how many rows there were."""
-    device = next(model.parameters()).device
+def alone(model: nn.Module) -> Engine:
+    """One process on the model's device."""
+    return Engine(Crew(), next(model.parameters()).device)
+
+
+def forward_backward(
+    model: nn.Module, rows: Rows, records: Sequence[dict[str, Any]], supervised: int, engine: Engine | None = None
+) -> tuple[Tensor, int]:
+    """Row by row: each row's graph is gone before the next begins. Returns these records' part of the loss and how many rows there were."""
+    engine = engine or alone(model)
+    device, share = engine.device, supervised / engine.scale
     total = torch.zeros((), device=device)
     batches = rows.batches(records)
-    head = causal_lm(model).get_output_embeddings()
-    for batch in batches:
+    passes = engine.passes(len(batches))
+    batches += [rows.idle() for _ in range(passes - len(batches))]
+    for number, batch in enumerate(batches, start=1):
         if len(batch["input_ids"]) == 1 and rows.streams(batch["input_ids"].shape[1]):
-            total += streamed(model, batch, rows, supervised).float()
+            total += streamed(model, batch, rows, share).float()
             continue
         index, targets = supervised_positions(batch)
-        if not len(targets):
-            continue
-        hidden = hidden_states(model, batch, device)[index.to(device)]
-        loss = head_loss(head, hidden, targets.to(device), rows) / supervised
-        loss.backward()
-        total += loss.detach().float()
-    return total, len(batches)
+        if len(targets) or engine.sharded:
+            compute = partial(row_loss, model, batch, index.to(device), targets.to(device), rows)
+            total += engine.run(model, lambda compute=compute: compute() / share, number == passes).float()  # type: ignore[misc]
+    return total / engine.scale, len(batches)
 
 
-def streamed(model: nn.Module, batch: dict[str, Tensor], rows: Rows, supervised: int) -> Tensor:
+def row_loss(model: nn.Module, batch: dict[str, Tensor], index: Tensor, targets: Tensor, rows: Rows) -> Tensor:
+    """Sum of the token losses of one batch; index [M]: which of its positions predict targets [M]."""
+    head = causal_lm(model).get_output_embeddings()
+    return head_loss(head, hidden_states(model, batch, index.device)[index], targets, rows)
+
+
+def streamed(model: nn.Module, batch: dict[str, Tensor], rows: Rows, supervised: float) -> Tensor:
     """`forward_backward` of one row in segments; with gradient checkpointing on, layers are recomputed inside them."""
     loss = partial(head_loss, causal_lm(model).get_output_embeddings(), rows=rows)
     mode, length = "lean" if checkpoints(model) else "fast", rows.segment_length or SHORTEST_SEGMENT
@@ -192,15 +219,6 @@ def plain_head(head: nn.Module, rows: Rows) -> bool:
 def module_loss(head: nn.Module, x: Tensor, targets: Tensor, smoothing: float) -> Tensor:
     """Sum of the cross entropies of head(x) [M, vocabulary] against targets [M], in float32."""
     return F.cross_entropy(head(x).float(), targets, reduction="sum", label_smoothing=smoothing)
-
-
-def gradient_norms(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """[P] float32: the norm of each parameter's gradient, 0 where there is none; nothing is read from the device."""
-    parameters = list(parameters)
-    grads = [p.grad for p in parameters if p.grad is not None]
-    found = iter(torch._foreach_norm(grads) if grads else ())
-    zero = torch.zeros((), device=parameters[0].device)
-    return torch.stack([next(found).float() if p.grad is not None else zero for p in parameters])
 
 
 def checkpoints(model: nn.Module) -> bool:

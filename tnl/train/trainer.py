@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, TrainerState
 
 from tnl.adapter.metadata import Metadata, write_metadata
+from tnl.data.store import lengths_of
 from tnl.errors import RecipeError
 from tnl.evaluate import perplexity
 from tnl.run_dir import RunDir, check_checkpoint, rotate
@@ -23,7 +24,8 @@ from tnl.train.guard import Guard
 from tnl.train.lora import count_parameters
 from tnl.train.order import Batch, StepSampler
 from tnl.train.places import Where, at
-from tnl.train.step import Rows, seed_all, seed_of, step
+from tnl.train.signals import StopSignals
+from tnl.train.step import Rows, alone, seed_all, seed_of, step
 
 Record = dict[str, Any]
 
@@ -63,17 +65,19 @@ class TnlTrainer(Trainer):
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         args.label_names = ["labels"]
-        self.net, self.train_records, self.eval_records = model, list(train_records), list(eval_records)
+        self.net, self.train_records, self.eval_records = model, train_records, eval_records
         super().__init__(
             model=model,
             args=args,
             train_dataset=self.train_records,  # type: ignore[arg-type]
-            eval_dataset=self.eval_records or None,  # type: ignore[arg-type]
+            eval_dataset=self.eval_records if len(self.eval_records) else None,  # type: ignore[arg-type]
             callbacks=[TakeUp(self), *callbacks],
         )
         self.remove_callback(PrinterCallback)
         self.settings, self.rows, self.stop_requested = settings, rows, stop_requested
         self.run = RunDir(Path(str(args.output_dir)))
+        self.engine = alone(model)
+        self.stop: StopSignals | None = None
         self.guard = Guard(model)
         trained, everything = count_parameters(model)
         self.operations_a_token = 4 * everything + 2 * trained
@@ -92,7 +96,7 @@ class TnlTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         args, size = self.args, self.settings.records_per_step
         seed = args.seed if args.data_seed is None else args.data_seed
-        lengths = [len(record["input_ids"]) for record in self.train_records]
+        lengths = lengths_of(self.train_records)
         sampler = StepSampler(lengths, size, seed, args.train_sampling_strategy, args.dataloader_drop_last)
         if not len(sampler):
             what = f"leaves no step ({len(lengths)} records to train on, {size} a step)"
@@ -124,14 +128,23 @@ class TnlTrainer(Trainer):
         if not self.net.training:
             self.net.train()
         self.optimizer_mode("train")
-        result = step(self.net, inputs.records, self.rows, self.step_seed)
+        result = step(self.net, inputs.records, self.rows, self.step_seed, self.engine)
         self.guard.check(result, inputs, self.optimizer, self.state.global_step + 1, self.loss_of)
+        self.engine.update()
+        self.heed_signals()
         self.supervised += result.supervised
         self.clock.tokens += result.tokens
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             perplexity.release_memory()
         return result.loss
+
+    def heed_signals(self) -> None:
+        """A signal that has reached any process stops all after the same step."""
+        if self.engine.crew.size > 1 and self.stop is not None:
+            number = int(self.engine.crew.most(torch.tensor(self.stop.requested or 0, device=self.engine.device)))
+            self.stop.requested = number or None
+            self.stop_requested = lambda: bool(number)
 
     def loss_of(self, record: Record) -> float:
         """Sum of one record's token losses, whatever it is."""
@@ -140,7 +153,7 @@ class TnlTrainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         norm = self.guard.norm
-        torch.nn.utils.clip_grads_with_norm_([p for _, p in self.guard.parameters], self.args.max_grad_norm, norm)
+        self.engine.clip([p for _, p in self.guard.parameters], self.args.max_grad_norm, norm)
         return norm
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Tensor:
@@ -181,7 +194,7 @@ class TnlTrainer(Trainer):
         self.optimizer_mode("eval")
         with self.clock.paused():
             records = self.eval_records if eval_dataset is None else eval_dataset
-            result = perplexity.loss(self.net, records, self.rows.budget, chunk=self.rows.chunk, after_row=self.stop_measuring)
+            result = self.engine.measure(self.net, records, self.rows.budget, self.rows.chunk, self.stop_measuring)
         seconds = round(time.monotonic() - start, 3)
         named = {"loss": result.loss, "perplexity": result.value, "tokens": result.tokens, "seconds": seconds}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in named.items()}
@@ -249,12 +262,21 @@ class TnlTrainer(Trainer):
                 "last_logged": self._globalstep_last_logged,
                 "pending_evaluation": self.pending_evaluation,
             }
+            self.write_checkpoint(extra)
+            self.saved_step = self.state.global_step
+
+    def write_checkpoint(self, extra: dict[str, Any]) -> None:
+        """Gather what is shared out, and let those who save write it; all go on once it is there."""
+        weights = self.engine.whole(checkpoint.trained_tensors(self.net))
+        optimizer = self.engine.optimizer_state(self.optimizer)
+        with self.engine.crew.together():
+            if not self.engine.crew.saves:
+                return
             with staged(self.run.checkpoint(self.state.global_step), extra, checkpoint.estimate_bytes(self.net)) as folder:
-                checkpoint.save_weights(self.net, folder)
+                checkpoint.save_weights(self.net, folder, weights=weights)
                 if self.about is not None:
                     write_metadata(folder, self.about)
-                checkpoint.save_training_state(folder, self.optimizer, self.lr_scheduler, self.portable_state())
-            self.saved_step = self.state.global_step
+                checkpoint.save_training_state(folder, optimizer, self.lr_scheduler, self.portable_state())
             for line in rotate(self.run, self.settings.save_total_limit, self.best_checkpoint):
                 self.rows.say(line)
 
@@ -276,14 +298,15 @@ class TnlTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        self.resumed = check_checkpoint(folder, int(folder.name.rpartition("-")[2]))
-        checkpoint.load_weights(self.net, folder)
+        with self.engine.crew.together():
+            self.resumed = check_checkpoint(folder, int(folder.name.rpartition("-")[2]))
+            checkpoint.load_weights(self.net, folder, self.engine)
         self.rows.restore(self.resumed["rows"], self.net)
         self.supervised = self.resumed["supervised"]
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is not None:
-            checkpoint.load_training_state(Path(checkpoint_folder), self.optimizer, self.lr_scheduler)
+            checkpoint.load_training_state(Path(checkpoint_folder), self.optimizer, self.lr_scheduler, self.engine)
 
     def _save_rng_state(self, output_dir: str) -> None: ...
 
@@ -298,6 +321,9 @@ class TnlTrainer(Trainer):
     def take_up(self) -> None:
         """Before the first step: what a resumed run left to be done."""
         self.clock = Clock()
+        if self.engine.crew.size > 1:
+            self.engine.begin(self.model_wrapped, self.optimizer)
+            self.guard = Guard(self.net, self.engine)
         if not self.resumed:
             return
         self._tr_loss += self.resumed["loss_sum"]
