@@ -132,7 +132,7 @@ def test_several_processes_run_the_same_command_without_that_option(
             ((Path("r.yaml"), ["train.seed=1", "lora.r=2"]), {"memory": None, "allow_change": []}),
         ),
         (["train", "r.yaml", "train.max_steps=-1"], ((Path("r.yaml"), ["train.max_steps=-1"]), {"memory": None, "allow_change": []})),
-        (["check", "r.yaml", "--memory", "24"], ((Path("r.yaml"), []), {"memory": 24.0})),
+        (["check", "r.yaml", "--memory", "24"], ((Path("r.yaml"), []), {"memory": 24.0, "allow_change": []})),
         (["resume", "output/x", "--allow-change", "train.seed"], ((Path("output/x"),), {"memory": None, "allow_change": ["train.seed"]})),
         (["merge", "output/x", "merged"], ((Path("output/x"), Path("merged"), "auto", None), {})),
         (["merge", "output/x", "merged", "--dtype", "float32"], ((Path("output/x"), Path("merged"), "float32", None), {})),

@@ -22,7 +22,6 @@ from tnl.run_dir import (
     hash_files,
     hold,
     latest_valid,
-    model_files,
     open_run,
     rotate,
     trim_metrics,
@@ -254,6 +253,7 @@ UNCHANGED = [
     "train.eval_steps=25",
     "train.save_total_limit=9",
     "train.gradient_checkpointing=true",
+    "train.state_offload=gpu",
     "generation.top_k=3",
     "model.backend=reference",
 ]
@@ -313,14 +313,6 @@ def test_the_same_data_elsewhere_is_the_same_run(recipe_path: Path, tmp_path: Pa
     files = {"data": [Path("copy/records.json")], "base": [Path("model.safetensors")], "tokenizer": [Path("tokenizer.model")]}
     after = fingerprint(load(recipe_path, ["data.train=copy/records.json"]), files, template="t1")
     assert compare(before, after) == []
-
-
-def test_files_of_a_model(tmp_path: Path) -> None:
-    names = ("config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.model", "README.md", "modeling.py")
-    for name in names:
-        (tmp_path / name).touch()
-    found = {role: [path.name for path in files] for role, files in model_files(tmp_path).items()}
-    assert found == {"base": ["config.json", "model.safetensors", "model.safetensors.index.json"], "tokenizer": ["tokenizer.model"]}
 
 
 def test_open_run_new_again_and_finished(tmp_path: Path) -> None:

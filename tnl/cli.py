@@ -129,10 +129,10 @@ def resume(
 
 
 @app.command()
-def check(recipe: RecipePath, overrides: Overrides = None, memory: Memory = None) -> None:
+def check(recipe: RecipePath, overrides: Overrides = None, memory: Memory = None, allow_change: Allow = None) -> None:
     """Show what a recipe would do, without training: records, parameters, memory."""
     _check_recipe(recipe, overrides)
-    _call("check", recipe, overrides or [], memory=memory)
+    _call("check", recipe, overrides or [], memory=memory, allow_change=allow_change or [])
 
 
 @app.command()

@@ -21,7 +21,7 @@ _NOT_OF_THE_RUN = re.compile(
     r"generation\..*|model\.(path|hub|revision|backend)|data\.train|"
     r"train\.(output_dir|run_name|project|report_to|disable_tqdm|log_.*|logging_.*|save_.*|eval_.*|per_device_eval_batch_size|"
     r"load_best_model_at_end|metric_for_best_model|greater_is_better|push_to_hub|hub_.*|trackio_.*|gradient_checkpointing.*|"
-    r"activation_checkpointing.*|dataloader_.*|skip_memory_metrics|torch_empty_cache_steps|resume_from_checkpoint|ddp_timeout|debug)"
+    r"activation_checkpointing.*|dataloader_.*|skip_memory_metrics|torch_empty_cache_steps|resume_from_checkpoint|ddp_timeout|debug|state_offload)"
 )
 
 
@@ -89,34 +89,46 @@ class RunDir:
 
 
 def open_run(path: Path, fingerprint: Mapping[str, Any], allow: Iterable[str] = ()) -> tuple[RunDir, Status]:
-    """Claim a folder for a run and say where that run stands.
+    """Claim a folder for a run and say where that run stands. allow: changed fields to accept, which is recorded.
 
-    Raises ModelError where the folder holds another run (the first changed field is named, with old and new value) or other files;
-    StorageError where it cannot be made. allow: changed fields to accept, which is recorded.
+    Raises as `changes`, and StorageError where the folder cannot be made.
     """
     run = RunDir(path)
     with storage(path):
         path.mkdir(parents=True, exist_ok=True)
-        entries = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+    accepted = changes(run, fingerprint, allow)
     metadata = run.read_metadata()
     if not metadata:
-        if entries:
-            shown = ", ".join(entries[:3]) + (", ..." if len(entries) > 3 else "")
-            raise ModelError(path, f"holds files that are not of a run ({shown})", "Name an empty folder with train.output_dir=FOLDER.")
         write_json(run.metadata, {"status": "unfinished", "fingerprint": dict(fingerprint)})
         return run, "new"
-    changes = compare(metadata.get("fingerprint", {}), fingerprint)
-    refused = [change for change in changes if change[0] not in set(allow)]
+    if accepted:
+        allowed = [*metadata.get("allowed_changes", []), *([field, old, new] for field, old, new in accepted)]
+        run.update_metadata(fingerprint=dict(fingerprint), allowed_changes=allowed)
+    return run, run.status
+
+
+def changes(run: RunDir, fingerprint: Mapping[str, Any], allow: Iterable[str] = ()) -> list[tuple[str, Any, Any]]:
+    """Return (field, old, new) for what differs from the run in the folder and is allowed to; writes nothing.
+
+    Raises ModelError where the folder holds another run (the first changed field is named, with old and new value) or other files.
+    """
+    metadata = run.read_metadata()
+    if not metadata:
+        with storage(run.path):
+            entries = sorted(entry.name for entry in run.path.iterdir() if not entry.name.startswith("."))
+        if entries:
+            shown = ", ".join(entries[:3]) + (", ..." if len(entries) > 3 else "")
+            raise ModelError(run.path, f"holds files that are not of a run ({shown})", "Name an empty folder with train.output_dir=FOLDER.")
+        return []
+    found = compare(metadata.get("fingerprint", {}), fingerprint)
+    refused = [change for change in found if change[0] not in set(allow)]
     if refused:
         field, old, new = refused[0]
         more = f", and {len(refused) - 1} more: {', '.join(one[0] for one in refused[1:6])}" if len(refused) > 1 else ""
         what = f"holds another run ({field} was {_short(old)} there and is {_short(new)} now{more})"
         todo = f"Undo the change, name another folder with train.output_dir=FOLDER, or accept it with --allow-change {field}."
-        raise ModelError(path, what, todo)
-    if changes:
-        allowed = [*metadata.get("allowed_changes", []), *([field, old, new] for field, old, new in changes)]
-        run.update_metadata(fingerprint=dict(fingerprint), allowed_changes=allowed)
-    return run, run.status
+        raise ModelError(run.path, what, todo)
+    return found
 
 
 @contextlib.contextmanager
@@ -225,13 +237,6 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, A
     """Return (field, old, new) for every field that differs; a field that is absent counts as None."""
     fields = [*new, *(name for name in old if name not in new)]
     return [(name, old.get(name), new.get(name)) for name in fields if old.get(name) != new.get(name)]
-
-
-def model_files(folder: Path) -> dict[str, list[Path]]:
-    """Return the files of a model's folder that fingerprint wants, by role: base (weights and config) and tokenizer."""
-    weights = [path for pattern in ("*.safetensors", "*.bin", "*.index.json", "config.json") for path in folder.glob(pattern)]
-    tokenizer = [path for name in ("tokenizer.model", "tokenizer_config.json") if (path := folder / name).is_file()]
-    return {"base": sorted(weights), "tokenizer": tokenizer}
 
 
 def hash_files(paths: Iterable[Path]) -> str:

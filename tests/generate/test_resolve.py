@@ -95,7 +95,7 @@ def test_an_unfinished_run(adapter: Path) -> None:
     assert "checkpoint of step 100" in resolve(str(run), {"device": "cpu"}).notices[0]
     shutil.rmtree(run / "checkpoint-20")
     shutil.rmtree(run / "checkpoint-100")
-    with pytest.raises(ModelError, match=r"saved no adapter yet.*tnl resume"):
+    with pytest.raises(ModelError, match=r"saved nothing to talk to yet.*tnl resume"):
         resolve(str(run), {"device": "cpu"})
 
 

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from tnl.errors import MemoryBudgetError, ModelError
 from tnl.model import convert
+from tnl.recipe.load import load
+from tnl.run_dir import compare
 from tnl.train import check, plan
 
 
@@ -99,7 +101,7 @@ def test_a_base_that_cannot_be_loaded_is_refused(recipe: Path, base: Path, tmp_p
     assert caught.value.exit_code == 4 and not (tmp_path / "written").exists() and not (tmp_path / "run").exists()
 
 
-def test_a_folder_that_training_would_refuse_is_refused(recipe: Path, tmp_path: Path) -> None:
+def test_a_folder_that_training_would_refuse_is_refused(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "taken"
     output.mkdir()
     (output / "thesis.txt").write_text("mine", encoding="utf-8")
@@ -110,6 +112,11 @@ def test_a_folder_that_training_would_refuse_is_refused(recipe: Path, tmp_path: 
     with pytest.raises(ModelError, match="holds another run"):
         check.run(recipe, [f"train.output_dir={output}"])
     assert (output / "run.json").read_text(encoding="utf-8").count("99") == 1
+    fields = [change[0] for change in compare({"train.seed": 99}, check.fingerprint_of(load(recipe), check.prepare(load(recipe))))]
+    check.run(recipe, [f"train.output_dir={output}"], allow_change=fields)
+    said = capsys.readouterr().out
+    assert "train.seed was 99 in the run that is there and is 42 now, as --allow-change permits" in said
+    assert json.loads((output / "run.json").read_text(encoding="utf-8")) == {"status": "unfinished", "fingerprint": {"train.seed": 99}}
 
 
 def test_a_document_that_fits_nowhere_whole_is_shown_in_segments(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

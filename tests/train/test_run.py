@@ -126,8 +126,19 @@ def test_another_run_in_the_same_folder_is_refused(finished: RunDir, base: Path,
     with pytest.raises(ModelError, match=r"train\.learning_rate was 0\.02 there and is 0\.01 now") as caught:
         training.run(changed)
     assert caught.value.exit_code == 4
-    with pytest.raises(ModelError, match="not the folder of a run"):
-        training.resume(tmp_path)
+
+
+def test_what_cannot_be_resumed(finished: RunDir, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    near = finished.path.with_name("runn")
+    for path, what in (
+        (tmp_path / "empty", "not the folder of a run"),
+        (recipe, rf"is a file \(needed: the folder of a run\).*tnl train {recipe}"),
+        (near, rf"{near}: no such folder.*Did you mean {finished.path}\?"),
+    ):
+        with pytest.raises(ModelError, match=what) as caught:
+            training.resume(path)
+        assert caught.value.exit_code == 4 and "\n" not in str(caught.value)
 
 
 def test_a_foreign_folder_is_refused_before_anything_is_read(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,6 +344,17 @@ def test_every_weight_can_be_trained(base: Path, records: Path, tmp_path: Path) 
     best = run.read_metadata()["best_step"]
     kept = load_file(run.checkpoint(best) / checkpoint.FULL_WEIGHTS)
     assert torch.equal(kept["model.embed_tokens.weight"], saved["model.embed_tokens.weight"])
+    # as it was before it was finished, its newest checkpoint is what one talks to
+    shutil.move(run.path / "model", tmp_path / "model")
+    run.update_metadata(status="interrupted")
+    talker = resolve(str(run.path), {"device": "cpu"})
+    assert talker.notices == ["the run is not finished: this is its checkpoint of step 4"] and talker.template.name == "chatml"
+    newest = load_file(run.checkpoint(4) / checkpoint.FULL_WEIGHTS)["model.embed_tokens.weight"]
+    assert torch.equal(talker.model.state_dict()["model.embed_tokens.weight"], newest)
+    assert "".join(talker.conversation().say("你好")) is not None
+    (run.checkpoint(4) / checkpoint.FULL_WEIGHTS).write_bytes(b"")
+    with pytest.raises(ModelError, match=r"checkpoint-4.*model\.safetensors"):
+        resolve(str(run.path), {"device": "cpu"})
 
 
 def test_padded_batches_learn_the_same(finished: RunDir, recipe: Path) -> None:

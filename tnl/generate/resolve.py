@@ -17,10 +17,10 @@ from tnl.generate.sampling import Settings
 from tnl.model.load import load_model, load_tokenizer
 from tnl.model.tokenization_baichuan import VOCAB_FILE, BaiChuanTokenizer
 from tnl.recipe.sections import GenerationSection
-from tnl.run_dir import RunDir, checkpoints
+from tnl.run_dir import RunDir, check_checkpoint, checkpoints
 
-WHOLE = "model"
-"""Where a run that trained every weight keeps its result."""
+MODEL, WHOLE = "config.json", "model"
+"""What a model's folder holds, and where a run that trained every weight keeps its result."""
 
 
 class Options(TypedDict, total=False):
@@ -65,12 +65,10 @@ def resolve(word: str, options: Options | None = None) -> Talker:
     options = options or {}
     folder = hub.resolve(word)
     notices: list[str] = []
-    adapter = find_adapter(folder, notices)
+    adapter, whole = find(folder, notices)
     if adapter is None and options.get("base") is not None:
         raise RecipeError("--base", f"{word} is a model, not an adapter, and needs no base", "Leave --base out")
-    weights = folder if adapter is None else base_folder(adapter, options.get("base"))
-    if adapter is None and not (folder / "config.json").is_file():
-        weights = folder / WHOLE
+    weights = whole if adapter is None else base_folder(adapter, options.get("base"))
     taught = adapter or weights
     metadata = read_adapter_metadata(taught)
     template = choose_template(metadata, taught, options.get("template"), notices)
@@ -86,25 +84,30 @@ def resolve(word: str, options: Options | None = None) -> Talker:
     return Talker(model, tokenizer, template, system or None, settings, name, options.get("seed"), notices)
 
 
-def find_adapter(folder: Path, notices: list[str]) -> Path | None:
-    """The adapter that a folder is or holds; None for a model's folder. Raises ModelError where it is neither."""
-    if (folder / "config.json").is_file():
+def find(folder: Path, notices: list[str]) -> tuple[Path | None, Path]:
+    """The adapter that a folder is or holds, or None, and the folder of what was taught: the adapter's, or a whole model's.
+
+    Of a run that is not finished, its newest checkpoint. Raises ModelError where the folder is none of these.
+    """
+    if (folder / MODEL).is_file():
         if (folder / CONFIG).is_file():
             notices.append(f"{folder.name} holds a model and an adapter: the model alone is used")
-        return None
-    if (folder / CONFIG).is_file():
-        return folder
+        return None, folder
     run = RunDir(folder)
-    if (run.adapter / CONFIG).is_file():
-        return run.adapter
-    if (folder / WHOLE / "config.json").is_file():
-        return None
+    if (folder / WHOLE / MODEL).is_file() and not (run.adapter / CONFIG).is_file():
+        return None, folder / WHOLE
+    for place in (folder, run.adapter):
+        if (place / CONFIG).is_file():
+            return place, place
     for step, checkpoint in checkpoints(run):
-        if (checkpoint / CONFIG).is_file():
+        adapted = (checkpoint / CONFIG).is_file()
+        if adapted or (checkpoint / MODEL).is_file():
             notices.append(f"the run is not finished: this is its checkpoint of step {step}")
-            return checkpoint
+            if not adapted:  # an adapter's seal is held against its files when it is loaded
+                check_checkpoint(checkpoint, step)
+            return checkpoint if adapted else None, checkpoint
     if run.metadata.is_file():
-        raise ModelError(folder, "the run has saved no adapter yet", f"Continue it: tnl resume {folder}")
+        raise ModelError(folder, "the run has saved nothing to talk to yet", f"Continue it: tnl resume {folder}")
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
     raise ModelError(folder, f"is no model, adapter or run (found {found})", "A model has config.json, an adapter adapter_config.json")
 

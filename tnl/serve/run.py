@@ -26,7 +26,7 @@ from tnl.data.template import TEMPLATES
 from tnl.errors import RecipeError
 from tnl.generate.adapters import Adapters
 from tnl.generate.engine import Engine
-from tnl.generate.resolve import Options, Talker, choose_settings, find_adapter, resolve
+from tnl.generate.resolve import Options, Talker, choose_settings, find, resolve
 from tnl.serve.app import Service, create_app
 from tnl.serve.catalog import NAME, RULE, Catalog, Served
 from tnl.serve.gate import Limits
@@ -129,7 +129,7 @@ def prepare(model_or_run: str, serving: Serving, options: Mapping[str, Any]) -> 
             raise RecipeError(name, *(paths.missing(folder) if not folder.exists() else (f"{folder} is no folder", "Name a folder")))
     wanted = Options(**{name: value for name, value in options.items() if name in Options.__annotations__})  # type: ignore[typeddict-item]
     talker = resolve(model_or_run, wanted)
-    adapter = find_adapter(hub.resolve(model_or_run), [])
+    adapter, _ = find(hub.resolve(model_or_run), [])
     beside = adapter is not None and (serving.adapters is not None or not serving.merge)
     model, base = unwrapped(talker, beside), served_name(model_or_run)
     served = Served(base, talker.template, talker.system, talker.settings)

@@ -19,7 +19,7 @@ from tnl.hubs.files import WEIGHTS
 from tnl.model.convert import HEAD, check_keys, headers, weight_files
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.recipe.load import Recipe, load
-from tnl.run_dir import open_run
+from tnl.run_dir import RunDir, changes
 from tnl.train import arguments, calibrate, plan, segments
 from tnl.train.run import Base, fingerprint_of, occupied, prepare, show_table
 
@@ -32,10 +32,11 @@ SHOWN = 2000
 """Tokens of a record that are shown; of a longer one its beginning and end."""
 
 
-def run(recipe_path: Path, overrides: Sequence[str] = (), *, memory: float | None = None) -> None:
+def run(recipe_path: Path, overrides: Sequence[str] = (), *, memory: float | None = None, allow_change: Sequence[str] = ()) -> None:
     """Print data statistics, records with what is learned in colour, the trainable modules and the memory plan.
 
-    memory: GiB of the card to plan for (default: this machine's). Raises what training would raise before its first step.
+    memory: GiB of the card to plan for (default: this machine's). allow_change: as training takes it; nothing is recorded.
+    Raises what training would raise before its first step.
     """
     recipe = load(recipe_path, overrides)
     for line in recipe.notices:
@@ -47,7 +48,8 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), *, memory: float | Non
     else:
         check_weights(base)
         if occupied(output):
-            open_run(output, fingerprint_of(recipe, base))
+            for name, old, new in changes(RunDir(output), fingerprint_of(recipe, base), allow_change):
+                say(f"{name} was {old} in the run that is there and is {new} now, as --allow-change permits")
     data = build(recipe.data, base.tokenizer, seed=recipe.train.seed)  # type: ignore[arg-type]
     _, settings = arguments.build(recipe.train, recipe.where, Path(recipe.train.output_dir), base.device, bool(data.eval))
     show_statistics(data.report, recipe)

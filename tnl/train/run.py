@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from tnl import hub
+from tnl import hub, paths
 from tnl.adapter.load import load_adapter
 from tnl.adapter.metadata import Metadata, describe, write_metadata
 from tnl.data.build import Dataset, build
@@ -56,7 +56,11 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), *, memory: float | Non
 
 def resume(run_path: Path, *, memory: float | None = None, allow_change: Sequence[str] = ()) -> RunDir:
     """Continue the run in a folder by its own recipe. Raises ModelError where it is none."""
-    found = RunDir(Path(run_path).expanduser().absolute())
+    found = RunDir(paths.absolute(str(run_path)))
+    if not found.path.exists():
+        raise ModelError(run_path, *paths.missing(found.path, named=True))
+    if not found.path.is_dir():
+        raise ModelError(run_path, "is a file (needed: the folder of a run)", f"Name a run's folder, or start one: tnl train {run_path}")
     if not found.read_metadata() or not found.recipe.is_file():
         raise ModelError(run_path, "is not the folder of a run (run.json or recipe.yaml is missing)", "Start one with tnl train RECIPE.")
     return train(load(found.recipe, [f"train.output_dir={found.path}"]), memory, allow_change)
@@ -262,9 +266,9 @@ def finish(
     if note := callbacks.overfitting(lines, best is not None):
         say(note)
     trainer.optimizer_mode("eval")
-    folder = save(work, base, trainer.net, recipe.model.path, trainer.about)
+    folder, model = save(work, base, trainer.net, recipe.model.path, trainer.about)
     asked, prompts = samples
-    answers = ask(recipe, base, trainer.net, prompts, stop)
+    answers = ask(recipe, base, model, prompts, stop)
     if stop.requested:
         work.update_metadata(status="interrupted")
         say(f"stopped; training is done and saved in {folder}. The same command finishes the run")
@@ -274,7 +278,7 @@ def finish(
     callbacks.draw(lines, work.plot)
     work.update_metadata(status="finished", steps=trainer.state.global_step, best_step=trainer.state.best_global_step)
     show_samples(asked)
-    say(f"saved in {folder}. Talk to it: tnl chat {work.path if lora.is_adapted(trainer.net) else folder}")
+    say(f"saved in {folder}. Talk to it: tnl chat {work.path}")
 
 
 def result_folder(work: RunDir, adapted: bool) -> Path:
@@ -296,8 +300,11 @@ def describe_result(work: RunDir, recipe: Recipe, adapted: bool) -> Metadata:
     )
 
 
-def save(work: RunDir, base: Base, model: nn.Module, path: str, about: Metadata | None) -> Path:
-    """Write the adapter (without LoRA: the whole model) with what is needed to use it; load it anew and compare. Returns its folder."""
+def save(work: RunDir, base: Base, model: nn.Module, path: str, about: Metadata | None) -> tuple[Path, nn.Module]:
+    """Write the adapter (without LoRA: the whole model) with what is needed to use it.
+
+    Returns its folder and the model to ask: the base with the saved adapter, loaded anew and compared.
+    """
     adapted = lora.is_adapted(model)
     final = result_folder(work, adapted)
     with staged(final, None, checkpoint.estimate_bytes(model)) as folder:
@@ -306,21 +313,24 @@ def save(work: RunDir, base: Base, model: nn.Module, path: str, about: Metadata 
             write_metadata(folder, about)
         if not adapted:
             base.tokenizer.save_pretrained(folder)
-    if adapted:
-        compare(model, final, base)
-    return final
+    return final, compare(model, final, base) if adapted else model
 
 
-def compare(model: nn.Module, folder: Path, base: Base) -> None:
-    """Put the saved adapter on the base anew and hold its logits against those in memory. Raises NumbersError where they differ."""
+def compare(model: nn.Module, folder: Path, base: Base) -> nn.Module:
+    """Put the saved adapter on the base anew and hold its logits against those in memory; the old one is gone from it.
+
+    Returns the base with the saved adapter. Raises NumbersError where they differ.
+    """
     probe = torch.arange(16, device=base.device)[None] % base.config.vocab_size
     with evaluating(model), torch.inference_mode():
         mine = model(input_ids=probe).logits.float()
         bare: Any = model.unload()  # type: ignore[operator]  # the base alone, as it is now: nobody trains any more
-        theirs = load_adapter(bare, folder)(input_ids=probe).logits.float()
+        loaded = load_adapter(bare, folder)
+        theirs = loaded(input_ids=probe).logits.float()
     difference = float((mine - theirs).abs().max() / mine.abs().max().clamp(min=1e-9))
     if not difference <= TOLERANCE:
         raise NumbersError(folder, f"the saved adapter answers differently from the trained one (by {difference:.1e})", "Please report it.")
+    return loaded
 
 
 @contextlib.contextmanager
