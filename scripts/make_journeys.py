@@ -37,10 +37,10 @@ for cell in ("lora", "arguments", "train", "chat"):
 class Journey:
     """A Markdown page that grows by headings, words and commands with their output."""
 
-    def __init__(self, name: str, title: str, out: Path, model: Path | None = None) -> None:
+    def __init__(self, name: str, title: str, out: Path, data: Path, model: Path | None = None) -> None:
         self.path, self.lines = out / f"{name}.md", [f"# {title}", "", f"Made by `python scripts/make_journeys.py {name}`.", ""]
         self.work = Path(tempfile.mkdtemp(prefix="journey-"))
-        self.model = model or self.work / "7b"
+        self.data, self.model = data, model or self.work / "7b"
 
     def say(self, words: str) -> None:
         self.lines += [words, ""]
@@ -79,6 +79,7 @@ class Journey:
         text = (
             text.replace("$SEVEN", "7b")
             .replace(str(self.model), "7b")
+            .replace(str(self.data), "dataset/huanhuan.json")
             .replace("$WORK/", "")
             .replace(f"{self.work}/", "")
             .replace(f"{ROOT}/", "")
@@ -97,7 +98,7 @@ class Journey:
 
 def tutorial(out: Path, data: Path, model: Path | None) -> None:
     """The tutorial's cells with their edits, then the same by one command."""
-    page = Journey("tutorial", "The tutorial's reader", out)
+    page = Journey("tutorial", "The tutorial's reader", out, data)
     page.say("The tutorial's own cells, with the edits of the README, on the demo base: plain transformers and peft.")
     script = f"OUTPUT = {str(page.work / 'output')!r}\nDATA = {str(data)!r}\n{TUTORIAL}"
     (page.work / "cells.py").write_text(script, encoding="utf-8")
@@ -114,7 +115,7 @@ def tutorial(out: Path, data: Path, model: Path | None) -> None:
 
 def chat_log(out: Path, data: Path, model: Path | None) -> None:
     """A script of a teahouse becomes its owner."""
-    page = Journey("chat-log", "A person with their own chat log", out)
+    page = Journey("chat-log", "A person with their own chat log", out, data)
     page.say("[teahouse.txt](teahouse.txt) is a chat log: `name: line`, a blank line between scenes. 老周 keeps the teahouse.")
     page.run("head -9 docs/journeys/teahouse.txt")
     words = "recipes/transcript.yaml model.path=demo data.train=docs/journeys/teahouse.txt data.persona=老周"
@@ -127,7 +128,7 @@ def chat_log(out: Path, data: Path, model: Path | None) -> None:
 
 def card_of_24_gb(out: Path, data: Path, model: Path | None) -> None:
     """The 7B within 22.5 GiB of a larger card."""
-    page = Journey("24gb", "A person with a 24 GB card", out, model)
+    page = Journey("24gb", "A person with a 24 GB card", out, data, model)
     page.say("Random weights of the 7B's shapes stand in for the published ones; the process may take 22.5 GiB, as on a card of 24 GB.")
     page.run(f"{sys.executable} benchmarks/random_model.py 7b $SEVEN > /dev/null", shown="python benchmarks/random_model.py 7b 7b")
     words = f"recipes/7b-24gb.yaml model.path=$SEVEN data.train={data}"
