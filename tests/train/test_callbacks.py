@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -35,10 +36,22 @@ def test_metrics_are_one_object_a_line_and_lose_what_lies_behind_the_step_resume
     assert callbacks.read_metrics(tmp_path / "none") == []
 
 
+def test_peak_memory_is_the_most_there_was() -> None:
+    before, held = callbacks.peak_memory(), psutil.Process().memory_info().rss
+    assert before >= held - 2**20
+    more = before - held + 2**26
+    bytearray(b"x" * more)  # two copies of it, touched and gone
+    assert callbacks.peak_memory() >= before + 2**25 and psutil.Process().memory_info().rss < callbacks.peak_memory()
+
+
 def test_a_disk_that_refuses_metrics_is_an_error_of_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = callbacks.Metrics(tmp_path / "metrics.jsonl")
 
-    def full(self: Path, *_: Any, **__: Any) -> Any:
+    real = Path.open
+
+    def full(self: Path, *args: Any, **options: Any) -> Any:
+        if self.name != "metrics.jsonl":
+            return real(self, *args, **options)
         raise OSError(28, "No space left on device", str(self))
 
     monkeypatch.setattr(Path, "open", full)

@@ -34,6 +34,7 @@ def seven() -> plan.Plan:
     return plan.Plan(
         *(getattr(make(SEVEN), name) for name in ("weights", "trained", "states", "curve")),
         overhead=plan.OVERHEAD,
+        fragments=plan.FRAGMENTS,
     )
 
 
@@ -116,6 +117,15 @@ def test_rows_are_no_longer_than_a_step_and_stand_on_a_ladder() -> None:
 def test_this_machine_has_memory() -> None:
     assert 0 < plan.here(CPU, 0.5) <= 0.5 * plan.GIB < plan.here(CPU) + plan.GIB
     plan.cap(CPU, 1.0)  # nothing to cap
+
+
+def test_on_a_cpu_what_others_hold_is_not_there_and_what_this_process_holds_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = plan.held_here()
+    assert make(SMALL).total(100, False) > held > 1e8  # torch alone is more
+    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: type("Memory", (), {"total": 64 * plan.GIB, "available": plan.GIB}))
+    assert plan.here(CPU) <= 0.7 * plan.GIB + 1.1 * held
+    short = plan.choose(make(SMALL), 1e6, 100, False, 4096)
+    assert short.budget is None, "the process alone holds more"
 
 
 def test_one_line_for_the_person(seven: plan.Plan) -> None:

@@ -201,6 +201,15 @@ def test_an_adapter_without_gradient_stops_before_step_5(tmp_path: Path) -> None
     assert caught.value.where == "step 4"
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_run_of_fewer_steps_is_judged_at_its_end(tmp_path: Path, steps: int) -> None:
+    make(tmp_path / "sound", max_steps=steps).train()
+    trainer = make(tmp_path / "dead", max_steps=steps)
+    trainer.net.get_base_model().model.layers[1].channel_mixer.l3.scaling["default"] = 0.0
+    with pytest.raises(NumbersError, match=r"2 of 20 adapter matrices have had no gradient .*layers\.1\.channel_mixer\.l3\.lora_A"):
+        trainer.train()
+
+
 def test_a_warm_up_from_zero_is_not_taken_for_a_dead_adapter(tmp_path: Path) -> None:
     make(tmp_path, warmup_steps=6).train()
 

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import re
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +25,18 @@ RISE = 1.01
 
 
 def peak_memory() -> int:
-    """Bytes: the most that PyTorch has reserved on the GPU so far, or what the process holds in memory where there is none."""
+    """Bytes: the most that PyTorch has reserved on the GPU so far, or, where there is none, that the process has held in memory."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_reserved()
-    return psutil.Process().memory_info().rss
+    status = Path("/proc/self/status")  # getrusage's peak would be that of the parent, where it was larger
+    if status.is_file() and (found := re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE)):
+        return int(found.group(1)) * 1024
+    if os.name == "nt":
+        return psutil.Process().memory_info().peak_wset
+    # the standard library has it everywhere but on Windows
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Metrics(TrainerCallback):

@@ -52,6 +52,11 @@ class Guard:
         if self.steps == STEPS_TO_GRADIENTS:
             self.require_gradients(number)
 
+    def finish(self, number: int) -> None:
+        """The same at the end of a run of fewer steps; after one or two a module's A may rightly have none, but not all of it."""
+        if 0 < self.steps < STEPS_TO_GRADIENTS:
+            self.require_gradients(number, whole_modules=self.steps < STEPS_TO_GRADIENTS - 1)
+
     def not_finite(
         self, result: StepResult, batch: Batch, optimizer: Any, number: int, loss_of: Callable[[dict[str, Any]], float]
     ) -> NumbersError:
@@ -70,13 +75,24 @@ class Guard:
         )
         return NumbersError(f"step {number}", what, todo)
 
-    def require_gradients(self, number: int) -> None:
-        """Raise NumbersError where an adapter matrix has had no gradient yet: it is not connected to the loss."""
+    def require_gradients(self, number: int, whole_modules: bool = False) -> None:
+        """Raise NumbersError where an adapter matrix has had no gradient yet: it is not connected to the loss.
+
+        whole_modules: only where no matrix of its module has had one.
+        """
         silent = (self.is_matrix & ~self.had_gradient).nonzero()[:, 0].tolist()
+        if silent and whole_modules:
+            alive = {module_of(self.parameters[i][0]) for i in (self.is_matrix & self.had_gradient).nonzero()[:, 0].tolist()}
+            silent = [i for i in silent if module_of(self.parameters[i][0]) not in alive]
         if silent:
             first = self.parameters[silent[0]][0]
             what = f"{len(silent)} of {int(self.is_matrix.sum())} adapter matrices have had no gradient so far (first: {first})"
             raise NumbersError(f"step {number}", what, "Take them out of lora.target_modules, or report it.")
+
+
+def module_of(name: str) -> str:
+    """The module that an adapter matrix belongs to."""
+    return name.partition(".lora_")[0]
 
 
 def kept_by(optimizer: Any) -> list[Tensor]:

@@ -9,8 +9,8 @@ import contextlib
 import copy
 import json
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -108,11 +108,14 @@ class Plan:
     curve: Callable[[bool], Curve]
     """Activations, logits, temporaries and gradients of a row; of the argument True, where layers are recomputed. Traced when asked for."""
     overhead: float
+    """What the process holds beside all that."""
+    fragments: Mapping[bool, float] = field(default_factory=dict)
+    """How much more than its tensors a row makes the allocator hold, by checkpointing; nothing more where it is empty."""
 
     def total(self, tokens: int, checkpointing: bool) -> float:
         """Bytes at the highest point of a step whose longest row has so many tokens: in its backward pass, or in the update."""
         row = self.curve(checkpointing).at(tokens)
-        fragments = FRAGMENTS[checkpointing] if self.overhead else 1.0
+        fragments = self.fragments.get(checkpointing, 1.0)
         return self.weights + self.overhead + fragments * (self.trained * (1 + self.states) + max(row, 2 * self.trained))
 
     def row_budget(self, memory: float, checkpointing: bool, most: int) -> int | None:
@@ -158,7 +161,8 @@ def require(plan: Plan, choice: Choice, longest: int) -> int:
 
 
 def here(device: torch.device, gib: float | None = None) -> float:
-    """Bytes that a run may use: of the GPU what is free (and what this process was given of it), of a CPU's memory 70%; at most `gib`."""
+    """Bytes that a run may use, at most `gib`: of the GPU what is free (and what this process was given of it); on a CPU what this process
+    holds, and 70% of the memory that is available beside it."""
     if device.type == "cuda":
         index = device.index or 0
         free, total = torch.cuda.mem_get_info(index)
@@ -166,11 +170,17 @@ def here(device: torch.device, gib: float | None = None) -> float:
         told = getattr(torch.cuda, "get_per_process_memory_fraction", lambda index: 1.0)
         found = min(free + torch.cuda.memory_reserved(index), total * told(index) + CONTEXT)
     else:
-        found = 0.7 * psutil.virtual_memory().total
+        held, available = held_here(), psutil.virtual_memory().available
         limit = Path("/sys/fs/cgroup/memory.max")  # a container's
         if limit.is_file() and (text := limit.read_text(encoding="utf-8").strip()).isdigit():
-            found = min(found, 0.7 * int(text))
+            available = max(min(available, int(text) - held), 0)
+        found = held + 0.7 * available
     return found if gib is None else min(found, gib * GIB)
+
+
+def held_here() -> int:
+    """Bytes of memory that this process holds: Python, PyTorch and the records, before any weight is loaded."""
+    return psutil.Process().memory_info().rss
 
 
 def cap(device: torch.device, gib: float) -> None:
@@ -224,9 +234,9 @@ def make(
         whole = list(build(config, section, dtype, "reference", where).parameters())
     frozen = sum(p.numel() * p.element_size() for p in whole if not p.requires_grad)
     trained = sum(p.numel() * p.element_size() for p in whole if p.requires_grad)
-    overhead = OVERHEAD if device.type == "cuda" else 0.0
+    overhead = OVERHEAD if device.type == "cuda" else held_here() if device.type == "cpu" else 0.0
     traces = partial(fit, config, section, dtype, device, backend)
-    return Plan(frozen, trained, OPTIMIZER_STATES.get(optimizer, 2), traces, overhead)
+    return Plan(frozen, trained, OPTIMIZER_STATES.get(optimizer, 2), traces, overhead, FRAGMENTS if device.type == "cuda" else {})
 
 
 def build(config: TransnormerConfig, section: LoraSection | None, dtype: torch.dtype, backend: str, where: Where = "recipe") -> nn.Module:

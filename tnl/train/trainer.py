@@ -355,13 +355,16 @@ class TnlTrainer(Trainer):
 
 
 class TakeUp(TrainerCallback):
-    """Tells the trainer when training begins, and stops it after the step in which a signal came."""
+    """Tells the trainer when training begins, and the guard when it ends."""
 
     def __init__(self, trainer: TnlTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.take_up()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.guard.finish(state.global_step)
 
 
 class Clock:
