@@ -30,8 +30,13 @@ def make(targets: list[str] | str = "all-linear", dropout: float = 0.0, **option
     return peft.train()
 
 
-def run(model: nn.Module, backend: str, keys: torch.Tensor | None, **inputs: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def run(
+    model: nn.Module, backend: str, keys: torch.Tensor | None, dtype: torch.dtype = torch.float32, **inputs: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model = copy.deepcopy(model).to(DEVICE)
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.to(dtype)
     model.base_model.model.model.pick_kernels(backend)
     out = model(dropout_keys=keys, use_cache=False, **inputs)
     weights = torch.linspace(-1, 1, out.logits.numel(), device=DEVICE).view_as(out.logits)
@@ -66,6 +71,17 @@ def test_any_subset_of_modules(targets: list[str] | str) -> None:
 
 def test_the_same_masks_as_the_reference() -> None:
     compare(make(dropout=0.4), keys_of(), **batch())
+
+
+@pytest.mark.gpu
+def test_bfloat16_is_as_near_as_plain_bfloat16() -> None:
+    model = make(dropout=0.4)
+    _, exact = run(model, "reference", keys_of(), **batch())
+    errors = {}
+    for backend in ("triton", "reference"):
+        _, grads = run(model, backend, keys_of(), torch.bfloat16, **batch())
+        errors[backend] = max(((grads[name].float() - want).norm() / want.norm()).item() for name, want in exact.items())
+    assert errors["triton"] < 1.5 * errors["reference"] < 0.1
 
 
 def test_padded_rows() -> None:
