@@ -24,6 +24,7 @@ def configurations(thorough: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Calls that launch every form of every kernel: dtypes, dims, packed, restart, SiLU, with and without segments."""
     from tnl.kernels import lightning_chunk as lc
     from tnl.kernels.lightning_step import lightning_step
+    from tnl.kernels.silu import silu, silu_backward
     from tnl.kernels.simple_rms_norm import norm_gate, simple_rms_norm
 
     bf, half, full = torch.bfloat16, torch.float16, torch.float32
@@ -61,6 +62,7 @@ def configurations(thorough: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"step {dtype} K {K} V {V}", lambda a=args: lightning_step(*a, silu=True)
     for R, p, dtype in ((8, 0.1, bf), (64, 0.1, full), (256, 0.0, full), *(((256, 0.1, bf), (32, 0.1, full)) if thorough else ())):
         yield f"LoRA rank {R} {dtype}", lambda R=R, p=p, dtype=dtype: thin_products(R, p, dtype)
+    yield "SiLU", lambda: silu_backward(silu(torch.empty(2, 8192, dtype=bf)), torch.empty(2, 16384, dtype=bf)[:, :8192])
     for D, dtype in ((4096, bf), (16384, full)):
         x = torch.empty(2, D, dtype=dtype, requires_grad=True)
         u = torch.empty(2, D, dtype=dtype)

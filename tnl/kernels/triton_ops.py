@@ -6,7 +6,6 @@ Between two operations travels what the next one makes its input of (`Mixed`, `H
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tnl.kernels import lightning_chunk
@@ -15,6 +14,7 @@ from tnl.kernels.lightning_chunk import lightning_attention
 from tnl.kernels.lightning_step import lightning_step
 from tnl.kernels.lora import Draw, Lora, lora_of, project
 from tnl.kernels.reference import ACTIVATIONS, Projection, linear_relative_position, padded_final_state
+from tnl.kernels.silu import silu, silu_backward
 from tnl.kernels.simple_rms_norm import norm_gate, simple_rms_norm
 
 SILU = ("silu", "swish")
@@ -98,8 +98,8 @@ def attention_norm_gate(
     q, k, v, u = qkvu.chunk(4, -1)
     q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q, k, v))
     step = q.shape[1] == 1 and segment_start is None and initial_state is not None and not torch.is_grad_enabled()
-    silu = step and activation in SILU and rotary is None and lengths is None
-    if not silu and (act := ACTIVATIONS.get(activation)):
+    inside = step and activation in SILU and rotary is None and lengths is None  # the step's kernel makes SiLU itself
+    if not inside and (act := ACTIVATIONS.get(activation)):
         q, k = act(q), act(k)
     if rotary is not None:
         q, k = linear_relative_position(q, rotary), linear_relative_position(k, rotary)
@@ -107,9 +107,9 @@ def attention_norm_gate(
         v = v * real[..., None, None]
     if step and initial_state is not None:
         state = initial_state.clone(memory_format=torch.contiguous_format)
-        o = lightning_step(q[:, 0], k[:, 0], v[:, 0], log_decay, state, silu=silu)[:, None]
+        o = lightning_step(q[:, 0], k[:, 0], v[:, 0], log_decay, state, silu=inside)[:, None]
     elif restart and segment_start is not None and initial_state is not None:
-        o, state = lightning_attention(q, k, v, log_decay, segment_start=segment_start, restart_state=initial_state[0], silu=silu)
+        o, state = lightning_attention(q, k, v, log_decay, segment_start=segment_start, restart_state=initial_state[0])
     else:
         o, state = lightning_attention(q, k, v, log_decay, segment_start=segment_start, initial_state=initial_state)
     if lengths is not None:
@@ -148,15 +148,14 @@ class _Attention(torch.autograd.Function):
         *_, d_initial, _ = lightning_chunk.backward(
             do.unflatten(-1, (heads, -1)), d_final, *parts, start, initial, None, False, out=(dq, dk, dv)
         )
-        both = d_qkvu[..., : 2 * E]
-        torch.ops.aten.silu_backward.grad_input(both, qkvu[..., : 2 * E], grad_input=both)
+        silu_backward(d_qkvu.flatten(0, 1)[:, : 2 * E], qkvu.flatten(0, 1)[:, : 2 * E])
         return d_qkvu, None, None, d_initial if ctx.needs_input_grad[3] else None
 
 
 def _activated(qkvu: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """SiLU(q), SiLU(k) and v, each [B, T, H, E / H]."""
     E = qkvu.shape[-1] // 4
-    q, k = F.silu(qkvu[..., : 2 * E]).unflatten(-1, (2, heads, -1)).unbind(2)
+    q, k = silu(qkvu.flatten(0, 1)[:, : 2 * E]).view(*qkvu.shape[:2], 2, heads, -1).unbind(2)
     return q, k, qkvu[..., 2 * E : 3 * E].unflatten(-1, (heads, -1))
 
 
