@@ -121,7 +121,7 @@ def chat_log(out: Path, data: Path, model: Path | None) -> None:
     words = "recipes/transcript.yaml model.path=demo data.train=docs/journeys/teahouse.txt data.persona=老周"
     page.say("Who speaks, and what is learned of it:")
     page.run(f"tnl check {words}")
-    page.run(f"tnl train {words} train.output_dir=$WORK/run train.num_train_epochs=30 train.learning_rate=3e-3 generation.temperature=0.5")
+    page.run(f"tnl train {words} train.output_dir=$WORK/run")
     page.run("tnl chat $WORK/run", stdin="老板，我又来了。\n船还没来，怎么办？\n我的伞丢了。\n/quit\n")
     page.close()
 

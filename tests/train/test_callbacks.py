@@ -96,13 +96,27 @@ def test_the_curve(tmp_path: Path) -> None:
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("loss.png", "empty.png"))
 
 
-def measured(*losses: float) -> list[dict[str, Any]]:
-    return [json.loads(json.dumps({"step": 10 * (i + 1), "eval_loss": loss})) for i, loss in enumerate(losses)]
+def measured(*losses: float, learned: tuple[float, ...] = (3.0, 1.9), first: int = 10) -> list[dict[str, Any]]:
+    training = [{"step": 10 * (i + 1), "loss": loss} for i, loss in enumerate(learned)]
+    held_out = [{"step": first + 10 * i, "eval_loss": loss} for i, loss in enumerate(losses)]
+    return [json.loads(json.dumps(line)) for line in (*training, *held_out)]
 
 
-def test_overfitting_is_named_in_one_line() -> None:
+def test_overfitting_is_named_in_one_line_against_the_training_loss() -> None:
     line = callbacks.overfitting(measured(3.0, 2.0, 2.5), kept=True)
     assert line is not None and "lowest at step 20 (2.0000) and is 2.5000 at step 30" in line and "that of step 20" in line
+    assert "the training loss went from 3.0000 to 1.9000" in line
     assert "load_best_model_at_end" in (callbacks.overfitting(measured(2.0, 3.0), kept=False) or "")
     for losses in ((3.0, 2.0, 1.0), (2.0,), (), (2.0, 2.001)):
         assert callbacks.overfitting(measured(*losses), kept=True) is None
+
+
+def test_records_known_by_heart_are_overfitting_though_the_held_out_loss_does_not_rise() -> None:
+    line = callbacks.overfitting(measured(5.2, 5.11, 5.12, learned=(3.4, 0.003)), kept=True)
+    assert line is not None and "from 3.4000 to 0.0030, the held-out loss is 5.1200" in line and "by heart" in line
+    assert callbacks.overfitting(measured(5.2, 5.1, learned=(3.4, 2.6)), kept=True) is None
+
+
+def test_a_run_that_only_got_worse_says_so() -> None:
+    line = callbacks.overfitting(measured(2.0, 2.5, 2.4, 3.0, first=0), kept=True)
+    assert line is not None and "lowest before the first step (2.0000)" in line and "the adapter is that of step 20" in line

@@ -81,7 +81,7 @@ def test_what_a_run_leaves(finished: RunDir, base: Path) -> None:
     losses = [line for line in lines if "loss" in line]
     assert [line["step"] for line in losses] == list(range(1, 11))
     assert losses[-1]["loss"] < losses[0]["loss"] and all(line["grad_norm"] > 0 and line["peak_memory_reserved"] > 0 for line in losses)
-    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4, 6, 8, 10]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 2, 4, 6, 8, 10]
     samples = [json.loads(line) for line in finished.samples.read_text(encoding="utf-8").splitlines()]
     assert len(samples) == 4 and all(sample["before"] is not None and sample["after"] is not None for sample in samples)
     about = read_adapter_metadata(finished.adapter)
@@ -206,7 +206,27 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     training.resume(run.path)
     assert weights(run) == weights(finished)
     steps = [line["step"] for line in callbacks.read_metrics(run.metrics) if "eval_loss" in line]
-    assert steps == [2, 4, 6, 8, 10] and run.read_metadata()["best_step"] == finished.read_metadata()["best_step"]
+    assert steps == [0, 2, 4, 6, 8, 10] and run.read_metadata()["best_step"] == finished.read_metadata()["best_step"]
+
+
+def test_a_signal_in_the_measurement_before_the_first_step(
+    finished: RunDir, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = TnlTrainer.evaluate
+
+    def evaluate(self: TnlTrainer, *args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TnlTrainer, "evaluate", evaluate)
+        with pytest.raises(SystemExit) as caught:
+            training.run(recipe)
+    run = RunDir(Path(load(recipe).train.output_dir))
+    assert caught.value.code == 143 and not checkpoints(run)
+    assert "stopped before the first step; the same command starts again" in capsys.readouterr().out
+    assert weights(training.run(recipe)) == weights(finished)
+    assert [line["step"] for line in callbacks.read_metrics(run.metrics) if "eval_loss" in line] == [0, 2, 4, 6, 8, 10]
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -79,6 +79,8 @@ class TrainSection(TrainingFields):
     """The run's folder; empty is output/ and the recipe's name."""
     num_train_epochs: int | float = Field(3, gt=0, le=100_000)
     """How often every record is seen."""
+    min_steps: int | None = Field(None, ge=1)
+    """Where the records are so few that the epochs make fewer optimizer steps, there are more epochs; null adds none."""
     max_steps: int = Field(-1, ge=-1)
     """Optimizer steps; -1 leaves it to num_train_epochs."""
     per_device_train_batch_size: int = Field(4, ge=1, le=65536)
@@ -113,6 +115,8 @@ class TrainSection(TrainingFields):
     """Steps between two lines of metrics.jsonl."""
     logging_nan_inf_filter: bool = False
     """transformers hides a loss that is not finite; here it stops the run."""
+    eval_on_start: bool = True
+    """Measure the held-out loss before the first step as well, unless eval_strategy is no."""
     eval_strategy: Literal["no", "steps", "epoch"] = "steps"
     """When the held-out loss is measured."""
     eval_steps: int | float | None = Field(None, gt=0)
@@ -139,7 +143,7 @@ class TrainSection(TrainingFields):
         return given(self)
 
 
-NOT_TRANSFORMERS = ("early_stopping_patience", "segment_length", "state_offload")
+NOT_TRANSFORMERS = ("min_steps", "early_stopping_patience", "segment_length", "state_offload")
 """Keys of the train section that TrainingArguments does not have."""
 
 

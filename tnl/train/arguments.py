@@ -88,6 +88,7 @@ def build(section: TrainSection, where: Where, run: Path, device: torch.device, 
         early_stopping_patience=patience if measured else None,
         plain=bool(given.get("disable_tqdm")),
     )
+    insists = "eval_on_start" in section.model_fields_set
     fields = {name: value for name, value in given.items() if name not in OURS}
     fields |= {
         "output_dir": str(run),
@@ -95,6 +96,7 @@ def build(section: TrainSection, where: Where, run: Path, device: torch.device, 
         "gradient_accumulation_steps": 1,
         "eval_strategy": section.eval_strategy if measured else "no",
         "eval_steps": section.eval_steps or section.save_steps,
+        "eval_on_start": measured and section.eval_on_start and (section.eval_strategy != "no" or insists),
         "report_to": given.get("report_to") or "none",
         "use_cpu": device.type == "cpu",
         "disable_tqdm": True,

@@ -22,6 +22,8 @@ from tnl.storage import storage
 GIB = 1024**3
 RISE = 1.01
 """The held-out loss counts as risen where it ends above its lowest by this factor."""
+HEART = 0.5
+"""Records count as learned by heart where the training loss is below this share of the held-out loss."""
 
 
 def peak_memory() -> int:
@@ -48,7 +50,7 @@ class Metrics(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.start = time.monotonic()
-        trim_metrics(self.path, state.global_step)
+        trim_metrics(self.path, state.global_step or -1)  # of a run that begins anew nothing stays, not even its step 0
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
@@ -152,12 +154,21 @@ def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def overfitting(lines: Sequence[dict[str, Any]], kept: bool) -> str | None:
-    """One line where the held-out loss has risen from its lowest while training went on, else None. kept: whether the best was kept."""
+    """One line where the records were learned by heart, else None: held-out against training loss. kept: whether the best was kept.
+
+    That is where the held-out loss ends above its lowest, or where the training loss ends below half of it.
+    """
     measured = [(line["eval_loss"], line["step"]) for line in lines if isinstance(line.get("eval_loss"), float)]
-    if len(measured) < 2:
+    learned = [line["loss"] for line in lines if isinstance(line.get("loss"), float)]
+    if len(measured) < 2 or not learned:
         return None
     (lowest, at), (last, end) = min(measured), measured[-1]
-    if last <= lowest * RISE:
-        return None
-    todo = f"the adapter is that of step {at}" if kept else "train.load_best_model_at_end: true would keep that adapter"
-    return f"overfitting: the held-out loss was lowest at step {at} ({lowest:.4f}) and is {last:.4f} at step {end}; {todo}"
+    training = f"the training loss went from {learned[0]:.4f} to {learned[-1]:.4f}"
+    if last > lowest * RISE:
+        best = min(one for one in measured if one[1] > 0)[1]
+        todo = f"the adapter is that of step {best}" if kept else "train.load_best_model_at_end: true would keep the best adapter"
+        where = "before the first step" if at == 0 else f"at step {at}"
+        return f"overfitting: the held-out loss was lowest {where} ({lowest:.4f}) and is {last:.4f} at step {end}, while {training}; {todo}"
+    if learned[-1] < last * HEART:
+        return f"overfitting: {training}, the held-out loss is {last:.4f}; more records, or fewer epochs, teach more than these by heart"
+    return None

@@ -20,7 +20,7 @@ from tnl.model.convert import HEAD, check_keys, headers, weight_files
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.recipe.load import Recipe, load
 from tnl.run_dir import RunDir, changes
-from tnl.train import arguments, calibrate, plan, segments
+from tnl.train import arguments, calibrate, order, plan, segments
 from tnl.train.run import Base, fingerprint_of, occupied, prepare, show_table
 
 console = Console(highlight=False, soft_wrap=True)
@@ -59,10 +59,11 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), *, memory: float | Non
     with torch.device("meta"):
         model = plan.build(base.config, recipe.lora, base.dtype, "reference", recipe.where)
     show_table(model)
-    show_steps(data, recipe, settings)
+    many = (recipe.train, len(data.train), settings.records_per_step)
+    say(order.words(*many))
     layout = show_memory(recipe, base, data, memory)
     if memory is None:
-        show_time(recipe, base, data, layout, count_steps(data, recipe, settings) / per_epoch(data, settings))
+        show_time(recipe, base, data, layout, order.count_steps(*many) / max(order.steps_an_epoch(*many), 1))
 
 
 def has_weights(folder: Path) -> bool:
@@ -153,23 +154,6 @@ def coloured(record: dict[str, Any], tokenizer: Any, brackets: bool) -> Text:
             text.append(f"[[{part}]]" if learned and brackets else part, LEARNED if learned else READ)
             start = end
     return text
-
-
-def show_steps(data: Dataset, recipe: Recipe, settings: arguments.Settings) -> None:
-    """How many optimizer steps there will be."""
-    steps = count_steps(data, recipe, settings)
-    say(f"{steps:,} optimizer steps of {settings.records_per_step} records ({per_epoch(data, settings):,} an epoch)")
-
-
-def count_steps(data: Dataset, recipe: Recipe, settings: arguments.Settings) -> int:
-    """Optimizer steps of the run."""
-    train = recipe.train
-    return train.max_steps if train.max_steps > 0 else round(-(-per_epoch(data, settings) * train.num_train_epochs // 1))
-
-
-def per_epoch(data: Dataset, settings: arguments.Settings) -> int:
-    """Optimizer steps an epoch; the last one may have fewer records."""
-    return -(-len(data.train) // settings.records_per_step)
 
 
 def show_time(recipe: Recipe, base: Base, data: Dataset, layout: segments.Layout, epochs: float) -> None:

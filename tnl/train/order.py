@@ -1,5 +1,6 @@
 """Which records each optimizer step takes: a function of the seed and the epoch alone, so that a resumed run goes on where it was."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -7,7 +8,11 @@ import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from tnl.recipe.sections import TrainSection
 from tnl.train.step import seed_of
+
+FEW = 50
+"""Optimizer steps of a run that teaches little."""
 
 
 class StepSampler(Sampler[list[int]]):
@@ -58,3 +63,34 @@ class Batch:
     def ids(self) -> list[str]:
         """The records' names, in order."""
         return [str(record["id"]) for record in self.records]
+
+
+def steps_an_epoch(section: TrainSection, records: int, size: int) -> int:
+    """Optimizer steps of `size` records in an epoch; the last one may have fewer records."""
+    full, rest = divmod(records, size)
+    return full + bool(rest and not section.dataloader_drop_last)
+
+
+def epochs(section: TrainSection, records: int, size: int) -> float:
+    """Epochs of the run: the recipe's, and as many more as train.min_steps wants."""
+    return max(section.num_train_epochs, -(-(section.min_steps or 0) // max(steps_an_epoch(section, records, size), 1)))
+
+
+def count_steps(section: TrainSection, records: int, size: int) -> int:
+    """Optimizer steps of the run."""
+    if section.max_steps > 0:
+        return section.max_steps
+    return math.ceil(steps_an_epoch(section, records, size) * epochs(section, records, size))
+
+
+def words(section: TrainSection, records: int, size: int) -> str:
+    """How many steps there will be, and what to do where they are few, in one line."""
+    steps, each, times = count_steps(section, records, size), steps_an_epoch(section, records, size), epochs(section, records, size)
+    line = f"{steps:,} optimizer steps of {size} records ({each:,} an epoch)"
+    if section.max_steps > 0:
+        return line
+    if times > section.num_train_epochs:
+        line += f"; {times:,} epochs instead of {section.num_train_epochs:g}, because train.min_steps is {section.min_steps:,}"
+    if steps < FEW:
+        line += f"; so few teach little: train.min_steps={2 * FEW} adds epochs, a smaller train.gradient_accumulation_steps adds steps"
+    return line

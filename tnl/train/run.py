@@ -32,7 +32,7 @@ from tnl.model.tokenization_baichuan import BaiChuanTokenizer
 from tnl.recipe.load import Recipe, dump, load
 from tnl.run_dir import RunDir, fingerprint, open_run
 from tnl.storage import staged, storage
-from tnl.train import arguments, callbacks, checkpoint, lora, plan, segments, together
+from tnl.train import arguments, callbacks, checkpoint, lora, order, plan, segments, together
 from tnl.train.engines import Engine
 from tnl.train.paths_taken import paths_taken, words
 from tnl.train.signals import StopSignals
@@ -87,6 +87,8 @@ def train(recipe: Recipe, memory: float | None, allow: Sequence[str] = ()) -> Ru
     show_data(data)
     with crew.together():
         args, settings = arguments.build(recipe.train, recipe.where, path, base.device, bool(data.eval))
+        args.num_train_epochs = order.epochs(recipe.train, len(data.train), settings.records_per_step)
+        say(order.words(recipe.train, len(data.train), settings.records_per_step))
         rows = together.same_rows(crew, plan_rows(recipe, base, data, memory))
         loaded = load_model(base.folder, dtype=base.dtype, device=base.device, backend=recipe.model.backend)
         model = lora.attach(loaded, recipe.lora, recipe.where, recipe.train.seed, say)
@@ -245,6 +247,8 @@ def stopped_early(work: RunDir, folder: Path | None, stop: StopSignals) -> None:
 
 def interrupted(work: RunDir, trainer: TnlTrainer, stop: StopSignals) -> None:
     """After a signal: what was saved and how to go on."""
+    if not trainer.state.global_step:
+        stopped_early(work, None, stop)
     work.update_metadata(status="interrupted")
     callbacks.draw(callbacks.read_metrics(work.metrics), work.plot)
     say(f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved. Go on with: tnl resume {work.path}")

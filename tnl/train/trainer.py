@@ -210,7 +210,9 @@ class TnlTrainer(Trainer):
         try:
             return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
         except Interrupted:
-            self.pending_evaluation = self.control.should_save = self.control.should_training_stop = True
+            self.control.should_training_stop = True
+            if self.state.global_step:  # before the first step there is nothing to save, and it is measured again
+                self.pending_evaluation = self.control.should_save = True
             return {}
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
@@ -326,6 +328,7 @@ class TnlTrainer(Trainer):
             self.guard = Guard(self.net, self.engine)
         if not self.resumed:
             return
+        self.args.eval_on_start = False  # measured when the run began
         self._tr_loss += self.resumed["loss_sum"]
         self._globalstep_last_logged = self.resumed["last_logged"]
         if self.resumed["pending_evaluation"]:

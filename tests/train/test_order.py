@@ -1,0 +1,29 @@
+"""How many steps there will be: epochs, what train.min_steps adds, and a word where they are few."""
+
+import pytest
+
+from tnl.recipe.sections import TrainSection
+from tnl.train import order
+
+
+@pytest.mark.parametrize(
+    ("train", "records", "epochs", "steps"),
+    [
+        ({}, 100, 3, 75),
+        ({"num_train_epochs": 2.5}, 100, 2.5, 63),
+        ({"min_steps": 100}, 28, 15, 105),
+        ({"min_steps": 100}, 4000, 3, 3000),
+        ({"min_steps": 100, "max_steps": 9}, 28, 15, 9),
+        ({"dataloader_drop_last": True}, 30, 3, 21),
+        ({"min_steps": 10}, 1, 10, 10),
+    ],
+)
+def test_epochs_and_steps(train: dict[str, float], records: int, epochs: float, steps: int) -> None:
+    section = TrainSection(**train)  # type: ignore[arg-type]
+    assert (order.epochs(section, records, 4), order.count_steps(section, records, 4)) == (epochs, steps)
+
+
+def test_few_steps_are_advised_upon_unless_they_were_asked_for() -> None:
+    assert "train.min_steps=100 adds epochs" in order.words(TrainSection(), 28, 16)
+    assert "teach little" not in order.words(TrainSection(), 2800, 16) + order.words(TrainSection(max_steps=6), 28, 16)
+    assert "15 epochs instead of 3, because train.min_steps is 100" in order.words(TrainSection(min_steps=100), 28, 4)
