@@ -22,8 +22,10 @@ def calls(path: Path) -> set[str]:
 
 
 def test_only_decoder_layer_puts_the_five_ops_together() -> None:
-    callers = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if calls(path) & FIVE_OPS}
-    assert callers == {"model/layer.py"}
+    """A form of an operation may pass a case on to another form of the same one; none calls a second."""
+    found = {str(path.relative_to(PACKAGE)): calls(path) & FIVE_OPS for path in PACKAGE.rglob("*.py")}
+    assert {path for path, ops in found.items() if ops and not path.startswith("kernels/")} == {"model/layer.py"}
+    assert all(len(ops) <= 1 for path, ops in found.items() if path.startswith("kernels/")), found
     assert calls(PACKAGE / "model" / "layer.py") >= FIVE_OPS
 
 

@@ -56,9 +56,10 @@ def metrics(run: Path) -> list[dict[str, float]]:
 
 
 def assert_same_run(mine: Path, theirs: Path, tolerance: float = 1e-5) -> None:
-    """The same numbers at the same steps."""
+    """The same numbers at the same steps; the norm of the gradients, in which rounding adds up, within ten times the tolerance."""
     one, other = metrics(mine), metrics(theirs)
     assert [sorted(line) for line in one] == [sorted(line) for line in other] and one
     for a, b in zip(one, other):
         for name in a:
-            assert abs(a[name] - b[name]) <= tolerance * max(1, abs(b[name])) if name != "tokens" else a[name] == b[name], (a, b)
+            allowed = 0 if name == "tokens" else 10 * tolerance if name == "grad_norm" else tolerance
+            assert abs(a[name] - b[name]) <= allowed * max(1, abs(b[name])), (a, b)

@@ -32,16 +32,22 @@ def test_a_streamed_row_is_read_forward_once_more() -> None:
 
 @pytest.mark.parametrize("section", [LoraSection(), None], ids=["lora", "full"])
 def test_the_time_is_about_that_of_a_step(section: LoraSection | None) -> None:
-    found = measure(CONFIG, section, torch.float32, CPU, "reference", 256, False)
-    assert found is not None and 0 < found.forward < found.backward
+    """A shared machine is noisy: one of three tries must come near."""
     model = lora.attach(TransnormerForCausalLM(CONFIG), section, "recipe", 0, lambda line: None).train()
     record = {"id": "r", "input_ids": [1] * 256, "labels": [1] * 256}
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        step(model, [record], Rows(256))
-        seconds.append(time.perf_counter() - start)
-    assert 0.3 < found.seconds(256) / min(seconds) < 3, "a shared machine is noisy"
+    tries = []
+    for _ in range(3):
+        found = measure(CONFIG, section, torch.float32, CPU, "reference", 256, False)
+        assert found is not None
+        seconds = []
+        for _ in range(4):
+            start = time.perf_counter()
+            step(model, [record], Rows(256))
+            seconds.append(time.perf_counter() - start)
+        tries.append((found, min(seconds)))
+        if 0 < found.forward < found.backward and 0.3 < found.seconds(256) / min(seconds) < 3:
+            return
+    pytest.fail(f"foretold and measured: {tries}")
 
 
 def test_recomputing_takes_longer_and_a_cpu_is_not_kept_busy(monkeypatch: pytest.MonkeyPatch) -> None:
