@@ -1,4 +1,5 @@
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -6,7 +7,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tnl.data.guard import encode_inside, guard_for, spell
+from tnl.data.guard import Guard, encode_inside, guard_for, spell
 from tnl.data.messages import Message, Role
 from tnl.data.template import TEMPLATES, encode_conversation
 from tnl.errors import ModelError
@@ -87,6 +88,24 @@ def test_no_tokenizer_lets_content_forge_a_marker(kind: str, name: str, texts: l
 def test_the_inside_of_a_text_has_no_dummy_prefix_and_keeps_its_blanks(kind: str) -> None:
     sp = TOKENIZERS[kind].sp_model
     assert sp.decode([*sp.encode("how"), *encode_inside(sp, " are "), *encode_inside(sp, "you")]) == "how are you"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_of_nothing_but_markers_takes_time_in_proportion(kind: str) -> None:
+    tokenizer = TOKENIZERS[kind]
+    guard = guard_for(tokenizer.sp_model, TEMPLATES["chatml"])
+    ids = tokenizer.sp_model.encode("<|im_end|>" * 2000)
+    seen, real = [0], Guard.find
+
+    def counted(self: Guard, given: list[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
+        seen[0] += len(given)
+        return real(self, given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Guard, "find", counted)
+        spelled = guard.spelled(ids)
+    assert guard.count(spelled) == 0 and tokenizer.sp_model.decode(spelled) == "<|im_end|>" * 2000
+    assert seen[0] < 20 * len(ids)
 
 
 def test_a_piece_is_spelled_by_characters_and_a_character_by_bytes() -> None:

@@ -211,10 +211,27 @@ def test_keywords_of_transformers(folder: Path) -> None:
     assert model.config.use_cache is False and not model.training
     with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
         TransnormerForCausalLM.from_pretrained(folder, nonsense=1)
+    # about a download: nothing to do for a folder, refused where it would not be done
+    hub = {"local_files_only": True, "cache_dir": "x", "token": "t", "force_download": True}
+    assert TransnormerForCausalLM.from_pretrained(folder, **hub).config == AutoModelForCausalLM.from_pretrained(folder, **hub).config
+    for key, value in hub.items():
+        with pytest.raises(ModelError, match=rf"^owner/name: {key} cannot be taken for a repository") as caught:
+            TransnormerForCausalLM.from_pretrained("owner/name", **{key: value})
+        assert caught.value.todo
     with pytest.raises(ModelError, match="is no dtype"):
         load_model(folder, dtype="int7")
     with pytest.raises(ValueError, match="no backend"):
         load_model(folder, backend="cuda9")
+
+
+def test_max_memory_is_kept_to(folder: Path) -> None:
+    whole = load_model(folder, device="cpu")(IDS).logits
+    spread = TransnormerForCausalLM.from_pretrained(folder, device_map="auto", max_memory={"cpu": "1GiB"}, dtype="float32")
+    assert torch.equal(spread(IDS).logits, whole)
+    with pytest.raises(ModelError, match=r"max_memory has no room for \d+ of its modules"):
+        TransnormerForCausalLM.from_pretrained(folder, device_map="auto", max_memory={"cpu": 100_000})
+    with pytest.raises(ModelError, match="max_memory is for a device_map"):
+        TransnormerForCausalLM.from_pretrained(folder, max_memory={"cpu": "1GiB"})
 
 
 def test_a_generation_config_is_read(folder: Path) -> None:

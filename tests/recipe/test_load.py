@@ -353,50 +353,6 @@ def test_control_characters_cannot_forge_lines() -> None:
     assert "\\x1b" in said(SMALL + 'train:\n  seed: "\\e[31m\\n"\n')
 
 
-@pytest.mark.parametrize(
-    ("train", "eval_", "expected"),
-    [
-        ("", "0.05", ("steps", 100, "steps", 100, True)),
-        ("save_steps: 30", "0.05", ("steps", 30, "steps", 30, True)),
-        ("eval_steps: 20", "0.05", ("steps", 20, "steps", 20, True)),
-        ("eval_strategy: epoch", "0.05", ("epoch", None, "epoch", 100, True)),
-        ("save_strategy: epoch", "0.05", ("epoch", None, "epoch", 100, True)),
-        ('eval_strategy: "no"', "0.05", ("no", None, "steps", 100, False)),
-        ("save_strategy: no", "0.05", ("steps", 10, "no", 100, False)),
-        ("save_strategy: best", "0.05", ("steps", 10, "best", 100, True)),
-        ("", "0", ("no", None, "steps", 100, False)),
-        ("", "null", ("no", None, "steps", 100, False)),
-        ("{load_best_model_at_end: false, eval_steps: 7}", "0.05", ("steps", 7, "steps", 100, False)),
-    ],
-)
-def test_evaluation_and_saving_agree(train: str, eval_: str, expected: tuple[object, ...]) -> None:
-    body = train if train.startswith("{") else "{" + train + "}"
-    section = load(write(SMALL + f"  eval: {eval_}\ntrain: {body}\n")).train
-    assert (
-        section.eval_strategy,
-        section.eval_steps,
-        section.save_strategy,
-        section.save_steps,
-        section.load_best_model_at_end,
-    ) == expected
-
-
-@pytest.mark.parametrize(
-    ("train", "eval_", "reason"),
-    [
-        ("load_best_model_at_end: true", "0", "data.eval is 0"),
-        ("eval_strategy: steps", "null", "data.eval is 0"),
-        ("save_strategy: best", "0", "data.eval is 0"),
-        ('load_best_model_at_end: true, eval_strategy: "no"', "0.05", "there is no best checkpoint"),
-        ('load_best_model_at_end: true, save_strategy: "no"', "0.05", "there is no best checkpoint"),
-        ("save_strategy: steps, eval_strategy: epoch", "0.05", "needed: the same"),
-        ("save_steps: 100, eval_steps: 30", "0.05", "no multiple of train.eval_steps, 30"),
-    ],
-)
-def test_evaluation_and_saving_that_contradict_are_refused(train: str, eval_: str, reason: str) -> None:
-    assert reason in said(SMALL + f"  eval: {eval_}\ntrain: {{{train}}}\n")
-
-
 def test_dump_is_complete_and_reads_back_equal(tmp_path: Path) -> None:
     text = SMALL + '  system: "现在: 你\\n# \\"x\\""\n  columns: {instruction: "no", output: "1e-4"}\nlora:\n  rank_pattern: {l1: 2}\n'
     recipe = load(write(text), ["train.warmup_ratio=0.1", "train.bf16=true"])

@@ -55,6 +55,7 @@ def test_a_pattern_becomes_a_list() -> None:
 
 def test_a_plain_word_means_the_name() -> None:
     assert targets(attach(target_modules="l1")[0]) == {"l1"}
+    assert targets(attach(target_modules="q_proj, o_proj,l1")[0]) == {"qkvu_proj", "out_proj", "l1"}
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,7 @@ def test_a_plain_word_means_the_name() -> None:
     [
         (["qkvu_proj", "query"], ['"query"', "qkvu_proj x3", "l3 x3", "all-linear"]),
         (["out_porj"], ['"out_porj"', "Did you mean out_proj?"]),
+        ("l1,l9", ['"l9"', "l1 x3"]),
         (r".*\.nothing", ["matches no module", "l1 x3"]),
         ("(", ["not a regular expression"]),
         (["token_mixer"], ['"token_mixer"']),

@@ -76,12 +76,17 @@ class Guard:
 
     def spelled(self, ids: list[int]) -> list[int]:
         """The same text without any marker's ids: one piece of each is replaced by its characters, or by bytes."""
-        while (found := next(self.find(ids), None)) is not None:
-            at, form = found
-            sizes = [0 if BYTE.fullmatch(piece) else len(piece) for piece in map(self.sp.id_to_piece, form)]
-            longest = sizes.index(max(sizes))
-            ids = [*ids[: at + longest], *spell(self.sp, form[longest]), *ids[at + longest + 1 :]]
-        return ids
+        while True:  # almost always twice: only odd neighbours of what was spelled out could make a marker anew
+            changed: list[int] = []
+            end = 0
+            for at, form in self.find(ids):
+                sizes = [0 if BYTE.fullmatch(piece) else len(piece) for piece in map(self.sp.id_to_piece, form)]
+                longest = at + sizes.index(max(sizes))
+                changed += [*ids[end:longest], *spell(self.sp, ids[longest])]
+                end = longest + 1
+            if not end:
+                return ids
+            ids = [*changed, *ids[end:]]
 
 
 @lru_cache(maxsize=32)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from tnl import hub
+from tnl import hub, paths
 from tnl.errors import ModelError
 from tnl.model.configuration_transnormer import TransnormerConfig
 
@@ -24,26 +24,37 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 IGNORED = {
     "trust_remote_code",
     "low_cpu_mem_usage",
-    "local_files_only",
-    "cache_dir",
-    "token",
     "use_safetensors",
     "weights_only",
     "attn_implementation",
     "code_revision",
     "adapter_kwargs",
-    "force_download",
-    "use_auth_token",
     "offload_state_dict",
     "disable_mmap",
 }
+
+
+HUB_KEYWORDS = {
+    "local_files_only": "Set HF_HUB_OFFLINE=1, or give the folder",
+    "cache_dir": "Set HF_HOME, or give the folder that tnl download REPO --out FOLDER fills",
+    "token": "Set HF_TOKEN, or run hf auth login",
+    "use_auth_token": "Set HF_TOKEN, or run hf auth login",
+    "force_download": "Files are held against their checksums; give an empty folder to tnl download REPO --out FOLDER",
+    "proxies": "Set HTTPS_PROXY",
+}
+"""Keywords about a download: true of every folder that is here, refused for a repository, with what to do instead."""
 
 
 def from_pretrained(cls: Any, path: str | Path, **kwargs: Any) -> Any:
     """What TransnormerForCausalLM.from_pretrained does; its docstring says what."""
     kwargs = {key: value for key, value in kwargs.items() if key not in IGNORED and not key.startswith("_")}
     dtype, config = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", "auto"), kwargs.pop("config", None)
-    device_map, backend = kwargs.pop("device_map", None), kwargs.pop("backend", "auto")
+    device_map, backend, max_memory = kwargs.pop("device_map", None), kwargs.pop("backend", "auto"), kwargs.pop("max_memory", None)
+    asked = {key: kwargs.pop(key, None) for key in HUB_KEYWORDS}
+    if (refused := next((key for key, value in asked.items() if value), None)) and not is_here(path):
+        raise ModelError(str(path), f"{refused} cannot be taken for a repository", HUB_KEYWORDS[refused])
+    if max_memory is not None and not isinstance(device_map, str):
+        raise ModelError(str(path), "max_memory is for a device_map that is worked out", 'Add device_map="auto"')
     folder = hub.resolve(str(path), kwargs.pop("hub", "huggingface"), kwargs.pop("revision", None))
     if kwargs.pop("quantization_config", None) is not None:
         raise ModelError(folder, "a quantised base is not supported", "Leave quantization_config out")
@@ -55,7 +66,8 @@ def from_pretrained(cls: Any, path: str | Path, **kwargs: Any) -> Any:
         setattr(config, key, value)
     with torch.device("meta"):
         model = cls(config)
-    device = pick_device(device_map)
+    spreading = spreads(device_map) or max_memory is not None
+    device = torch.device("cpu") if spreading else pick_device(device_map)
     fill(model, folder, None if dtype in ("auto", None) else as_dtype(dtype), device)
     generation = folder / "generation_config.json"
     model.generation_config = (
@@ -64,7 +76,12 @@ def from_pretrained(cls: Any, path: str | Path, **kwargs: Any) -> Any:
     model.name_or_path = config.name_or_path = str(path)
     model.model.pick_kernels(backend)
     model.eval()
-    return spread(model, device_map) if spreads(device_map) else model
+    return spread(model, device_map, max_memory) if spreading else model
+
+
+def is_here(path: str | Path) -> bool:
+    """Whether a model's name means a folder of this machine, or the demo base."""
+    return str(path) == "demo" or paths.looks_like_path(str(path))
 
 
 def read_config(folder: Path) -> TransnormerConfig:
@@ -246,24 +263,27 @@ def spreads(device_map: Any) -> bool:
 
 
 def pick_device(device_map: Any) -> torch.device:
-    """Where to load to: the one device that a device_map names, or the CPU, from where the model is spread."""
-    if device_map is None or spreads(device_map):
+    """Where to load to: the one device that a device_map names, or the CPU."""
+    if device_map is None:
         return torch.device("cpu")
     if device_map == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(next(iter(device_map.values())) if isinstance(device_map, dict) else device_map)
 
 
-def spread(model: Any, device_map: Any) -> Any:
-    """Layers over several devices, by accelerate."""
+def spread(model: Any, device_map: Any, max_memory: dict[Any, Any] | None = None) -> Any:
+    """Layers over several devices, by accelerate; max_memory: device -> bytes, or words such as 10GiB. Raises ModelError: too little."""
     # accelerate costs a second to import and only a spread model needs it
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import get_balanced_memory
 
     if isinstance(device_map, str):
         blocks = list(model._no_split_modules)
-        memory = get_balanced_memory(model, no_split_module_classes=blocks)
+        memory = get_balanced_memory(model, max_memory, no_split_module_classes=blocks)
         device_map = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=blocks)
+        if "disk" in device_map.values():
+            left = sum(place == "disk" for place in device_map.values())
+            raise ModelError(model.name_or_path, f"max_memory has no room for {left} of its modules", "Allow more, or name more devices")
     return dispatch_model(model, device_map=device_map)
 
 

@@ -273,8 +273,8 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
         """Load a published folder, or one of ours, with no code but this: safetensors or pickled tensors, one file or shards.
 
         The key set and every shape are held against the config before a tensor is read. Takes transformers' keywords
-        config, dtype (torch_dtype), device_map, revision, and backend; trust_remote_code and other loading switches change
-        nothing here. Raises ModelError (exit 4).
+        config, dtype (torch_dtype), device_map, max_memory, revision, and backend; trust_remote_code and other loading switches
+        change nothing here, and those about a download (cache_dir, token ...) are refused for a repository. Raises ModelError (exit 4).
         """
         if model_args:
             raise TypeError("from_pretrained takes keyword arguments after the path")

@@ -17,6 +17,7 @@ from tnl import paths
 from tnl.errors import RecipeError
 from tnl.recipe import complaints, old_names, yaml_text
 from tnl.recipe.sections import SECTIONS, DataSection, GenerationSection, LoraSection, ModelSection, TrainSection, given
+from tnl.recipe.settle import settle
 
 MAX_BYTES = 1_000_000
 
@@ -59,7 +60,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe = Recipe(**sections, path=Path(path), notices=notices, text=text)
     try:
         _resolve_paths(recipe)
-        _settle(recipe.data, recipe.train)
+        settle(recipe.data, recipe.train, recipe.notices)
         _check(recipe)
     except complaints.Complaint as complaint:
         raise complaint.at(text) from None
@@ -214,49 +215,6 @@ def _absolute(key: tuple[str | int, ...], value: str) -> str:
         raise complaints.Complaint(
             key, f"${error.args[0]} is not set (found {complaints.found(value)})", "Set it, or write the path out."
         ) from None
-
-
-def _settle(data: DataSection, train: TrainSection) -> None:
-    """Make evaluation and saving agree: what the recipe leaves open follows what it says."""
-    said = set(train.model_fields_set)
-    measured = data.eval not in (None, 0)
-    if not measured:
-        for key, value in (("eval_strategy", "no"), ("load_best_model_at_end", False), ("save_strategy", "steps")):
-            wants = getattr(train, key) in ("best", True) if key != "eval_strategy" else train.eval_strategy != "no"
-            if key in said and wants:
-                raise complaints.Complaint(
-                    ("train", key), "needs a held-out loss, and data.eval is 0", "Set data.eval, for example to 0.05."
-                )
-            if wants:
-                setattr(train, key, value)
-    if train.eval_strategy == "no" and train.load_best_model_at_end:
-        if "load_best_model_at_end" in said or train.save_strategy == "best":
-            raise complaints.Complaint(("train", "eval_strategy"), 'is "no", so there is no best checkpoint', "Write steps or epoch.")
-        train.load_best_model_at_end = False
-    if train.load_best_model_at_end:
-        if "save_strategy" not in said:
-            train.save_strategy = train.eval_strategy
-        elif "eval_strategy" not in said and train.save_strategy in ("steps", "epoch"):
-            train.eval_strategy = train.save_strategy  # type: ignore[assignment]
-        if "save_steps" not in said and train.eval_steps is not None:
-            train.save_steps = train.eval_steps
-    if train.eval_strategy == "steps" and train.eval_steps is None:
-        train.eval_steps = train.save_steps if train.save_strategy == "steps" else train.logging_steps
-    if train.load_best_model_at_end:
-        _agree(train, "load_best_model_at_end" in said)
-
-
-def _agree(train: TrainSection, insisted: bool) -> None:
-    if train.save_strategy == "no":
-        if insisted:
-            raise complaints.Complaint(("train", "save_strategy"), 'is "no", so there is no best checkpoint', "Write steps or epoch.")
-        train.load_best_model_at_end = False
-    elif train.save_strategy not in ("best", train.eval_strategy):
-        what = f"is {train.save_strategy} and train.eval_strategy is {train.eval_strategy} (needed: the same, to keep the best checkpoint)"
-        raise complaints.Complaint(("train", "save_strategy"), what, "Make them equal, or set train.load_best_model_at_end: false.")
-    elif train.save_strategy == "steps" and train.save_steps % (train.eval_steps or 1) != 0 and train.save_steps >= 1:
-        what = f"is {train.save_steps}, no multiple of train.eval_steps, {train.eval_steps}: a checkpoint would have no held-out loss"
-        raise complaints.Complaint(("train", "save_steps"), what, "Make it a multiple.")
 
 
 def _check(recipe: Recipe) -> None:

@@ -18,8 +18,6 @@ from tnl.recipe.sections import NOT_TRANSFORMERS, TrainSection
 from tnl.train.places import Where, at
 
 REFUSED = {
-    "fp16": "float16 overflows in this model's states and gives NaN. Take bf16: true, or leave it out",
-    "fp16_full_eval": "float16 overflows in this model. Leave it out",
     "bf16_full_eval": "evaluation uses the numbers of training. Set model.dtype instead",
     "torch_compile": "a step is not run through the compiled module. Leave it out",
     "torch_compile_backend": "a step is not run through a compiled module. Leave it out",
@@ -32,7 +30,6 @@ REFUSED = {
     "parallelism_config": "tnl trains in one process on one device. Leave it out",
     "accelerator_config": "batches do not go through accelerate. Leave it out",
     "push_to_hub": "a run uploads nothing. Leave it out, and upload the run's adapter folder afterwards",
-    "hub_token": "a recipe is no place for a secret. Leave it out",
     "save_only_model": "such a checkpoint could not be continued. Leave it out",
     "enable_jit_checkpoint": "a signal saves a checkpoint without it. Leave it out",
     "ignore_data_skip": "records would be seen twice or never. Leave it out",
@@ -45,7 +42,8 @@ REFUSED = {
     "eval_use_gather_object": "evaluation keeps no predictions. Leave it out",
     "label_names": "records have labels by their own name. Leave it out",
 }
-"""Fields of TrainingArguments that would do nothing here, or harm: field -> why, and what to do."""
+"""Fields of TrainingArguments that would do nothing here, or harm: field -> why, and what to do. What needs no torch to be refused is
+refused by tnl/recipe/load.py, before anything is imported."""
 
 DURING_BACKWARD = (
     "lomo",

@@ -109,14 +109,25 @@ def shape(tensor: Tensor | None) -> str:
 
 def save_training_state(folder: Path, values: dict[str, Any], scheduler: Any, state: Any) -> None:
     """Write the optimizer's state, schedule and Trainer's state. Raises NumbersError where the optimizer's state is not finite."""
-    for name, tensor in tensors_of(values["state"], "optimizer"):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise NumbersError(folder.name, f"{name} is not finite, so nothing was saved", "Lower train.learning_rate.")
+    kept = {name: tensor for name, tensor in tensors_of(values["state"], "optimizer") if tensor.is_floating_point()}
+    if bad := first_not_finite(kept):
+        raise NumbersError(folder.name, f"{bad} is not finite, so nothing was saved", "Lower train.learning_rate.")
     for name, value in ((OPTIMIZER, values), (SCHEDULE, scheduler.state_dict())):
         # a file of Python's own: its errors have numbers, which those of torch's writer have not
         with (folder / name).open("wb") as file:
             torch.save(value, file)
     state.save_to_json(str(folder / STATE))
+
+
+def first_not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """Name of the first tensor that holds a number that is not finite; a device is waited for once."""
+    devices = {tensor.device for tensor in tensors.values()}
+    for device in devices:
+        here = {name: tensor for name, tensor in tensors.items() if tensor.device == device}
+        finite = torch.stack([torch.isfinite(tensor).all() for tensor in here.values()]).tolist()
+        if not all(finite):
+            return list(here)[finite.index(False)]
+    return None
 
 
 def load_training_state(folder: Path, optimizer: Any, scheduler: Any, engine: Engine) -> None:

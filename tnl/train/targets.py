@@ -67,11 +67,14 @@ def adaptable(model: nn.Module) -> Adaptable:
 def resolve(wanted: str | Sequence[str], found: Adaptable, where: str) -> tuple[list[str], list[str]]:
     """Full names of the wanted modules, and lines that say what was translated.
 
-    wanted: names (each must match at least one module), a regular expression over full names, or all-linear (all but the head).
+    wanted: names, in a list or between commas (each must match at least one module), a regular expression over full names, or
+    all-linear (all but the head).
     Raises ModelError with the model's own names.
     """
     if wanted == "all-linear":
         return [name for name, module in found.modules.items() if isinstance(module, nn.Linear) and name != found.head], []
+    if isinstance(wanted, str) and "," in wanted and all(PLAIN_NAME.fullmatch(word.strip()) for word in wanted.split(",")):
+        wanted = [word.strip() for word in wanted.split(",")]  # as command lines of other tools take them
     if isinstance(wanted, str) and not PLAIN_NAME.fullmatch(wanted):
         names = match_patterns([wanted], list(found.modules), where)[0]
         if not names:
