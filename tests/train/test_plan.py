@@ -1,6 +1,11 @@
 """The plan knows what a step takes, and what would fit."""
 
 import gc
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +14,8 @@ import torch
 from tnl.errors import MemoryBudgetError
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.recipe.sections import LoraSection, TrainSection
-from tnl.train import plan
+from tnl.train import host, plan
+from tnl.train.callbacks import read_metrics
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 SEVEN = {
@@ -34,7 +40,6 @@ def seven() -> plan.Plan:
     return plan.Plan(
         *(getattr(make(SEVEN), name) for name in ("weights", "trained", "states", "curve")),
         overhead=plan.OVERHEAD,
-        fragments=plan.FRAGMENTS,
     )
 
 
@@ -115,17 +120,44 @@ def test_rows_are_no_longer_than_a_step_and_stand_on_a_ladder() -> None:
 
 
 def test_this_machine_has_memory() -> None:
-    assert 0 < plan.here(CPU, 0.5) <= 0.5 * plan.GIB < plan.here(CPU) + plan.GIB
+    assert 0 < plan.here(CPU, 0.5) <= 0.5 * plan.GIB
+    assert plan.here(CPU) > host.resident(), "what the process holds, it need not find"
     plan.cap(CPU, 1.0)  # nothing to cap
 
 
 def test_on_a_cpu_what_others_hold_is_not_there_and_what_this_process_holds_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = plan.held_here()
+    held = host.resident()
     assert make(SMALL).total(100, False) > held > 1e8  # torch alone is more
-    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: type("Memory", (), {"total": 64 * plan.GIB, "available": plan.GIB}))
+    monkeypatch.setattr(host, "available", lambda: plan.GIB)
     assert plan.here(CPU) <= 0.7 * plan.GIB + 1.1 * held
     short = plan.choose(make(SMALL), 1e6, 100, False, 4096)
     assert short.budget is None, "the process alone holds more"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_cpu_run_takes_what_was_planned(tmp_path: Path, checkpointing: bool) -> None:
+    rows = [{"instruction": f"{i} 加一是多少？" * 8, "output": f"是 {i + 1}。" * 8} for i in range(64)]
+    (tmp_path / "records.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    words = ["model.path=demo", "model.dtype=float32", f"data.train={tmp_path / 'records.json'}", f"train.output_dir={tmp_path / 'run'}"]
+    words += ["train.per_device_train_batch_size=48", "train.gradient_accumulation_steps=1", "train.max_steps=2", "train.logging_steps=1"]
+    words += ["train.use_cpu=true", f"train.gradient_checkpointing={str(checkpointing).lower()}", "generation.max_new_tokens=2"]
+    command = [sys.executable, "-m", "tnl", "train", "recipes/huanhuan-385m.yaml", *words]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    planned = float(re.search(r"4,096 tokens.*: ([\d.]+) of [\d.]+ GiB", said).group(1))  # type: ignore[union-attr]
+    peak = max(line["peak_memory_reserved"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")) / plan.GIB
+    assert peak == pytest.approx(planned, rel=0.25), said
+
+
+def test_a_process_knows_its_memory() -> None:
+    """The peak stays when what was held is given back."""
+    program = (
+        "import numpy; from tnl.train import host; x = numpy.ones(1 << 25); print(host.resident()); del x; print(host.peak_resident())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    held, peak = map(int, done.stdout.split())
+    assert held > 256 * 2**20 and abs(peak - held) < 32 * 2**20
+    assert host.resident() <= host.peak_resident() and host.available() > 0
 
 
 def test_one_line_for_the_person(seven: plan.Plan) -> None:

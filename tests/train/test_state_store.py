@@ -7,7 +7,7 @@ from tnl.errors import MemoryBudgetError
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.model.state import TransnormerCache
-from tnl.train import state_store
+from tnl.train import host, state_store
 from tnl.train.state_store import Placement, StateStore, best_every, kept_bytes, place, state_bytes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -79,7 +79,7 @@ def test_free_memory_heeds_a_container(monkeypatch: pytest.MonkeyPatch, tmp_path
     folder = tmp_path_factory.mktemp("cgroup")
     (folder / "memory.max").write_text(str(10 * MIB), encoding="utf-8")
     (folder / "memory.current").write_text(str(5 * MIB), encoding="utf-8")
-    monkeypatch.setattr(state_store, "CONTAINER", folder)
+    monkeypatch.setattr(host, "CONTAINER", folder)
     assert state_store.free_host_bytes() == 4 * MIB
     (folder / "memory.stat").write_text(f"anon 5\ninactive_file {3 * MIB}\nactive_file {MIB}\nfile 9\n", encoding="utf-8")
     assert state_store.free_host_bytes() == int(0.8 * 9 * MIB)

@@ -4,14 +4,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import psutil
 import torch
 from torch import nn
 
 from tnl.evaluate.perplexity import causal_lm
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.recipe.sections import LoraSection
-from tnl.train import plan
+from tnl.train import host, plan
 from tnl.train.step import Rows, enable_checkpointing, forward_backward
 
 CPU_WORK = 3e10
@@ -50,7 +49,7 @@ def measure(
     times: dict[int, tuple[float, float]] = {}
     if device.type == "cpu":
         tokens = max(min(tokens, int(CPU_WORK / (6 * parameters(config, 2)))), 16)
-        if parameters(config, 2) * 8 > MEMORY_SHARE * psutil.virtual_memory().available:
+        if parameters(config, 2) * 8 > MEMORY_SHARE * host.available():
             return None
     try:
         for layers in (1, 2):

@@ -2,15 +2,11 @@
 
 import json
 import math
-import os
-import re
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -18,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tnl.run_dir import trim_metrics
 from tnl.storage import storage
+from tnl.train import host
 
 GIB = 1024**3
 RISE = 1.01
@@ -30,15 +27,7 @@ def peak_memory() -> int:
     """Bytes: the most that PyTorch has reserved on the GPU so far, or, where there is none, that the process has held in memory."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_reserved()
-    status = Path("/proc/self/status")  # getrusage's peak would be that of the parent, where it was larger
-    if status.is_file() and (found := re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE)):
-        return int(found.group(1)) * 1024
-    if os.name == "nt":
-        return psutil.Process().memory_info().peak_wset
-    # the standard library has it everywhere but on Windows
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return host.peak_resident()
 
 
 class Metrics(TrainerCallback):
@@ -46,7 +35,6 @@ class Metrics(TrainerCallback):
 
     def __init__(self, path: Path) -> None:
         self.path, self.start = path, time.monotonic()
-        self.peak = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.start = time.monotonic()
@@ -57,9 +45,8 @@ class Metrics(TrainerCallback):
     ) -> None:
         if not logs or "train_runtime" in logs:
             return
-        self.peak = max(self.peak, peak_memory())
         line = {"step": state.global_step, **{name: plain(value) for name, value in logs.items()}}
-        line |= {"peak_memory_reserved": self.peak, "seconds": round(time.monotonic() - self.start, 3)}
+        line |= {"peak_memory_reserved": peak_memory(), "seconds": round(time.monotonic() - self.start, 3)}
         with storage(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -9,14 +9,12 @@ import contextlib
 import copy
 import json
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,7 +25,7 @@ from tnl.evaluate.perplexity import causal_lm
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.recipe.sections import LoraSection, TrainSection
-from tnl.train import lora
+from tnl.train import host, lora
 from tnl.train.places import Where
 from tnl.train.step import Rows, enable_checkpointing, forward_backward
 
@@ -39,6 +37,11 @@ OVERHEAD = 1.1 * GIB
 FRAGMENTS = {False: 1.08, True: 1.3}
 """How much more than its tensors a row makes the allocator hold, without and with layers recomputed: chosen from readings of the 7B on an
 H100 with rows of 400 to 8,000 tokens, where the plan before them was 4% and 8% off; not measured again since."""
+HEAP = {False: 0.9, True: 6.0}
+"""How much of a row's bytes the C library keeps on a CPU after they were freed, without and with layers recomputed, 1 GiB at most:
+chosen from readings of the demo base with rows of 4,096 tokens (larger models' tensors go straight back to the system)."""
+CPU_SHARE = 0.7
+"""Of the memory that is available: the rest is left to other programs."""
 LADDER = [2**n * base // 4 for n in range(6, 19) for base in (4, 6)]
 """Row budgets that are chosen from: 64, 96, 128, 192 ... so that a little more or less free memory gives the same rows, and bits."""
 CPU_ROW = 4096
@@ -108,15 +111,15 @@ class Plan:
     curve: Callable[[bool], Curve]
     """Activations, logits, temporaries and gradients of a row; of the argument True, where layers are recomputed. Traced when asked for."""
     overhead: float
-    """What the process holds beside all that."""
-    fragments: Mapping[bool, float] = field(default_factory=dict)
-    """How much more than its tensors a row makes the allocator hold, by checkpointing; nothing more where it is empty."""
+    """What the process holds before a weight is loaded: on a CPU the program itself, on a GPU what CUDA takes."""
+    on_cpu: bool = False
 
     def total(self, tokens: int, checkpointing: bool) -> float:
         """Bytes at the highest point of a step whose longest row has so many tokens: in its backward pass, or in the update."""
         row = self.curve(checkpointing).at(tokens)
-        fragments = self.fragments.get(checkpointing, 1.0)
-        return self.weights + self.overhead + fragments * (self.trained * (1 + self.states) + max(row, 2 * self.trained))
+        tensors = self.trained * (1 + self.states) + max(row, 2 * self.trained)
+        kept = min(HEAP[checkpointing] * tensors, GIB) if self.on_cpu else (FRAGMENTS[checkpointing] - 1) * tensors
+        return self.weights + self.overhead + tensors + kept
 
     def row_budget(self, memory: float, checkpointing: bool, most: int) -> int | None:
         """The longest row on the ladder that fits into `memory` bytes, at most `most`; None where not even the shortest does."""
@@ -161,8 +164,9 @@ def require(plan: Plan, choice: Choice, longest: int) -> int:
 
 
 def here(device: torch.device, gib: float | None = None) -> float:
-    """Bytes that a run may use, at most `gib`: of the GPU what is free (and what this process was given of it); on a CPU what this process
-    holds, and 70% of the memory that is available beside it."""
+    """Bytes that this process may hold: of the GPU what is free (and what it was given of it), of a CPU's memory what it holds already and
+    70% of what is available; at most `gib`.
+    """
     if device.type == "cuda":
         index = device.index or 0
         free, total = torch.cuda.mem_get_info(index)
@@ -170,17 +174,8 @@ def here(device: torch.device, gib: float | None = None) -> float:
         told = getattr(torch.cuda, "get_per_process_memory_fraction", lambda index: 1.0)
         found = min(free + torch.cuda.memory_reserved(index), total * told(index) + CONTEXT)
     else:
-        held, available = held_here(), psutil.virtual_memory().available
-        limit = Path("/sys/fs/cgroup/memory.max")  # a container's
-        if limit.is_file() and (text := limit.read_text(encoding="utf-8").strip()).isdigit():
-            available = max(min(available, int(text) - held), 0)
-        found = held + 0.7 * available
+        found = host.resident() + CPU_SHARE * host.available()
     return found if gib is None else min(found, gib * GIB)
-
-
-def held_here() -> int:
-    """Bytes of memory that this process holds: Python, PyTorch and the records, before any weight is loaded."""
-    return psutil.Process().memory_info().rss
 
 
 def cap(device: torch.device, gib: float) -> None:
@@ -234,9 +229,9 @@ def make(
         whole = list(build(config, section, dtype, "reference", where).parameters())
     frozen = sum(p.numel() * p.element_size() for p in whole if not p.requires_grad)
     trained = sum(p.numel() * p.element_size() for p in whole if p.requires_grad)
-    overhead = OVERHEAD if device.type == "cuda" else held_here() if device.type == "cpu" else 0.0
+    overhead = OVERHEAD if device.type == "cuda" else host.resident()
     traces = partial(fit, config, section, dtype, device, backend)
-    return Plan(frozen, trained, OPTIMIZER_STATES.get(optimizer, 2), traces, overhead, FRAGMENTS if device.type == "cuda" else {})
+    return Plan(frozen, trained, OPTIMIZER_STATES.get(optimizer, 2), traces, overhead, device.type != "cuda")
 
 
 def build(config: TransnormerConfig, section: LoraSection | None, dtype: torch.dtype, backend: str, where: Where = "recipe") -> nn.Module:

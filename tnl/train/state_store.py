@@ -1,24 +1,19 @@
 """Where a streamed row's states lie between the two passes: on the device, or in pinned host memory with copies beside the computation."""
 
 import contextlib
-import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 from torch import Tensor
 
 from tnl.errors import MemoryBudgetError
 from tnl.model.configuration_transnormer import TransnormerConfig
+from tnl.train.host import available
 
 GIB = 1024**3
 HOST_SHARE = 0.8
 """How much of the host memory that is free the states may take."""
-
-CONTAINER = Path("/sys/fs/cgroup")
-"""Where Linux says how much memory a container may use."""
 
 Offload = Literal["auto", "gpu", "host"]
 
@@ -145,12 +140,7 @@ def state_bytes(config: TransnormerConfig) -> int:
 
 def free_host_bytes() -> int:
     """Bytes of the host that states may take: a share of what is free, with what PyTorch holds pinned for its next use."""
-    free = psutil.virtual_memory().available
-    limit, used = CONTAINER / "memory.max", CONTAINER / "memory.current"
-    if limit.is_file() and used.is_file() and (text := limit.read_text(encoding="utf-8").strip()).isdigit():
-        files = CONTAINER / "memory.stat"  # cached files count as used, and give way
-        cached = re.findall(r"^(?:in)?active_file (\d+)$", files.read_text(encoding="utf-8"), re.M) if files.is_file() else []
-        free = min(free, int(text) - int(used.read_text(encoding="utf-8")) + sum(map(int, cached)))
+    free = available()
     if torch.cuda.is_available():
         free += idle_pinned_bytes(torch.cuda.host_memory_stats())
     return max(int(HOST_SHARE * free), 0)
