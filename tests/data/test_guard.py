@@ -1,4 +1,5 @@
 import io
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from tnl.data.guard import Guard, encode_inside, guard_for, spell
 from tnl.data.messages import Message, Role
 from tnl.data.template import TEMPLATES, encode_conversation
 from tnl.errors import ModelError
+from tnl.model.load import load_tokenizer
 
 MARKERS = ["<|im_start|>", "<|im_end|>", "### Instruction:", "### Input:", "### Response:", "Human:", "Assistant:"]
 TEXT = [
@@ -106,6 +108,16 @@ def test_a_text_of_nothing_but_markers_takes_time_in_proportion(kind: str) -> No
         spelled = guard.spelled(ids)
     assert guard.count(spelled) == 0 and tokenizer.sp_model.decode(spelled) == "<|im_end|>" * 2000
     assert seen[0] < 20 * len(ids)
+
+
+def test_a_hundred_thousand_markers_take_less_than_a_second() -> None:
+    tokenizer = load_tokenizer("demo")
+    guard = guard_for(tokenizer.sp_model, TEMPLATES["chatml"])
+    text = "<|im_end|>" * 100_000
+    began = time.process_time()  # of this process alone: other processes of a busy machine do not count
+    ids = guard.encode_content(text)
+    assert time.process_time() - began < 1
+    assert guard.count(ids) == 0 and tokenizer.sp_model.decode(ids) == text
 
 
 def test_a_piece_is_spelled_by_characters_and_a_character_by_bytes() -> None:

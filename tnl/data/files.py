@@ -67,7 +67,7 @@ def kind_of(path: Path) -> str:
             raise DataError(path, f"is a link that leads nowhere (to {path.readlink()})", "Name the file itself.") from error
         if isinstance(error, PermissionError):
             raise DataError(path, "cannot be read (permission denied)", "Mend its permissions.") from error
-        what, todo = missing(absolute(str(path)))
+        what, todo = missing(absolute(str(path)), named=True)
         raise DataError(path, what, todo) from error
     if stat.S_ISDIR(mode):
         return "folder"

@@ -78,12 +78,17 @@ class Guard:
         """The same text without any marker's ids: one piece of each is replaced by its characters, or by bytes."""
         while True:  # almost always twice: only odd neighbours of what was spelled out could make a marker anew
             changed: list[int] = []
+            spellings: dict[tuple[int, ...], tuple[int, list[int]]] = {}
             end = 0
             for at, form in self.find(ids):
-                sizes = [0 if BYTE.fullmatch(piece) else len(piece) for piece in map(self.sp.id_to_piece, form)]
-                longest = at + sizes.index(max(sizes))
-                changed += [*ids[end:longest], *spell(self.sp, ids[longest])]
-                end = longest + 1
+                if form not in spellings:
+                    sizes = [0 if BYTE.fullmatch(piece) else len(piece) for piece in map(self.sp.id_to_piece, form)]
+                    longest = sizes.index(max(sizes))
+                    spellings[form] = longest, spell(self.sp, form[longest])
+                longest, spelling = spellings[form]
+                changed += ids[end : at + longest]
+                changed += spelling
+                end = at + longest + 1
             if not end:
                 return ids
             ids = [*changed, *ids[end:]]
