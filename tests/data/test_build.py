@@ -7,13 +7,11 @@ import pytest
 
 from tnl.data.build import Dataset, build
 from tnl.data.formats import read_records
-from tnl.data.messages import Role
 from tnl.data.template import IGNORED, TEMPLATES, encode_conversation
 from tnl.errors import DataError
 from tnl.model.tokenization_baichuan import BaiChuanTokenizer
 
 TOKENIZER = BaiChuanTokenizer.from_pretrained(Path(__file__).resolve().parents[1] / "golden" / "tokenizer")
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "huanhuan.json"
 
 
 @dataclass(frozen=True)
@@ -189,11 +187,14 @@ def test_an_unknown_template_or_share_is_refused(tmp_path: Path) -> None:
         build(Section(path, eval=1.5), TOKENIZER)
 
 
-@pytest.mark.skipif(not SHARED.is_file(), reason="the data set is not part of the project")
-def test_huanhuan_keeps_her_identity_in_training() -> None:
-    dataset: Dataset = build(Section(SHARED, system="现在你要扮演皇帝身边的女人--甄嬛"), TOKENIZER, seed=42)
-    questions = {record.id: record.messages[0].content for record in read_records(SHARED)}
-    assert (len(dataset.train), len(dataset.eval), dataset.report.duplicates) == (3543, 186, 112)
+def test_a_persona_keeps_its_identity_in_training(tmp_path: Path) -> None:
+    """As in Huanhuan's records: one question asked again and again, once answered otherwise, is no duplicate to be held out."""
+    who = [{"instruction": "你是谁？", "input": "", "output": "我是甄嬛，家父是大理寺少卿甄远道。"}] * 50
+    other = [{"instruction": "你是谁？", "input": "", "output": "臣妾甄嬛。"}]
+    path = write(tmp_path / "a.json", [*persona(200), *who, *other, *persona(20)])
+    dataset: Dataset = build(Section(path, system="现在你要扮演皇帝身边的女人--甄嬛"), TOKENIZER, seed=42)
+    questions = {record.id: record.messages[0].content for record in read_records(path)}
+    assert (len(dataset.train) + len(dataset.eval), dataset.report.duplicates) == (271, 69)
+    assert len(dataset.eval) == 14
     assert sum(questions[record["id"]] == "你是谁？" for record in dataset.train) == 51
     assert not {questions[r["id"]] for r in dataset.train} & {questions[r["id"]] for r in dataset.eval}
-    assert Role.USER == "user"

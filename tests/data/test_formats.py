@@ -11,7 +11,6 @@ from tnl.data.messages import Message, Record, Role
 from tnl.errors import DataError
 
 U, A, S = Role.USER, Role.ASSISTANT, Role.SYSTEM
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def write(path: Path, value: Any) -> Path:
@@ -217,8 +216,12 @@ def test_transcripts_of_text_and_rows(tmp_path: Path) -> None:
     assert "looks like a transcript (A, B)" in read(text).notices[0]
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the data sets are not part of the project")
-def test_the_shared_sets_are_read_whole() -> None:
-    counts = {"huanhuan.json": 3729, "alpaca_zh_demo.json": 1000, "alpaca_en_demo.json": 999, "identity.json": 91}
-    for name, count in (counts | {"glaive_toolcall_zh_demo.json": 300}).items():
-        assert len(read_records(SHARED / name)) == count
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_file_of_megabytes_is_read_whole(name: str, tmp_path: Path) -> None:
+    said = {"from": "gpt", "value": "发票已成功生成，总金额为$3.5。\n🙂" * 10}
+    rows = [{"conversations": [{"from": "human", "value": f"我需要发票{i}。"}, said], "tools": "[]"} for i in range(4000)]
+    path = write(tmp_path / name, rows)
+    assert path.stat().st_size > 2**21
+    records = read_records(path)
+    assert [record.messages[0].content for record in records] == [row["conversations"][0]["value"] for row in rows]
+    assert {record.messages[1].content for record in records} == {said["value"]}
