@@ -1,5 +1,8 @@
+import importlib.util
 import json
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -11,12 +14,23 @@ from tnl.data.template import IGNORED, TEMPLATES, Encoded, cut_text, encode_conv
 from tnl.errors import DataError
 from tnl.model.tokenization_baichuan import BaiChuanTokenizer
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "tokenizer"
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "golden" / "tokenizer"
-FOLDERS = [folder for folder in (GOLDEN, SHARED) if (folder / "expected.json").is_file()]
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "golden" / "tokenizer"
 SYSTEM = "现在你要扮演皇帝身边的女人--甄嬛"
 TOKENIZER = BaiChuanTokenizer.from_pretrained(GOLDEN)
 CHATML = TEMPLATES["chatml"]
+
+
+def tutorial_cells() -> dict[str, str]:
+    """The tutorial's code, cell by cell."""
+    spec = importlib.util.spec_from_file_location("tutorial", ROOT / "tests" / "journeys" / "tutorial.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.CELLS
+
+
+CELLS = tutorial_cells()
 
 
 def user(text: str, extra: str = "") -> Message:
@@ -28,7 +42,7 @@ def assistant(text: str, train: bool = True) -> Message:
 
 
 def golden_cases() -> list[dict]:
-    return [c for folder in FOLDERS for c in json.loads((folder / "expected.json").read_text(encoding="utf-8"))["process_func"]]
+    return json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8"))["process_func"]
 
 
 @pytest.mark.parametrize("case", golden_cases(), ids=lambda case: case["record"]["instruction"][:12])
@@ -44,6 +58,25 @@ def test_the_tutorials_ids_bit_for_bit(case: dict) -> None:
     assert ours is not None and len(ours.input_ids) == len(case["input_ids"])
     assert ours.input_ids[:-1] == case["input_ids"][:-1]
     assert ours.input_ids[-1] == ours.labels[-1] == 2
+
+
+def test_the_tutorials_own_code_gives_the_same_ids() -> None:
+    """Its preprocessing on the demo's 300 and more records, at its own length and at one that cuts most of them."""
+    persona = json.loads((ROOT / "tnl" / "demo" / "persona.json").read_text(encoding="utf-8"))
+    records = [{**record, "input": extra} for record, extra in zip(persona, cycle(["", "", "请用一句话。", "a b  c\n\n🙂"]))]
+    cuts = 0
+    for length in (384, 48):
+        space: dict[str, Any] = {"tokenizer": TOKENIZER}
+        # the padding token of the published tokenizer was </s> (golden/tokenizer); ours is <unk>
+        code = CELLS["prompt"].replace("pad_token_id", "eos_token_id").replace("MAX_LENGTH = 384", f"MAX_LENGTH = {length}")
+        exec(code, space)
+        for record in records:
+            theirs = space["process_func"](record)
+            messages = [user(record["instruction"], record["input"]), assistant(record["output"])]
+            ours = fit(encode_conversation(messages, TOKENIZER, TEMPLATES["chatml-tutorial"], system=SYSTEM), length)
+            assert ours is not None and (ours.input_ids, ours.labels) == (theirs["input_ids"], theirs["labels"])
+            cuts += len(theirs["input_ids"]) == length
+    assert len(records) >= 300 and cuts > 100
 
 
 def decoded(ids: list[int]) -> str:

@@ -9,12 +9,10 @@ from tnl.errors import ModelError
 from tnl.model.tokenization_baichuan import BaiChuanTokenizer
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "tokenizer"
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "golden" / "tokenizer"
-FOLDERS = [folder for folder in (GOLDEN, SHARED) if (folder / "expected.json").is_file()]
 
 
 def cases() -> list[dict]:
-    return [case for folder in FOLDERS for case in json.loads((folder / "expected.json").read_text(encoding="utf-8"))["encode"]]
+    return json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8"))["encode"]
 
 
 @pytest.fixture(scope="module")
