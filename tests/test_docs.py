@@ -30,6 +30,13 @@ def test_commands_and_recipes_exist(path: Path) -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
+def test_the_readme_lists_every_command_and_no_other() -> None:
+    """In the order of `tnl --help`; the examples name recipes and make targets, so that the test above has something to hold."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `tnl ([a-z]+)", text, re.MULTILINE) == list(cli.TARGETS)
+    assert len(set(re.findall(r"recipes/[\w.-]+\.yaml", text))) >= 5 and re.search("`make [a-z]", text)
+
+
 def test_the_readmes_have_the_same_commands_tables_and_sections() -> None:
     english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
 

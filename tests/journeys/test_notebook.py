@@ -29,7 +29,8 @@ def test_the_notebook_runs_on_the_demo_base(tmp_path: Path) -> None:
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "dataset" / "huanhuan.json").write_text(json.dumps(RECORDS, ensure_ascii=False), encoding="utf-8")
     notebook = nbformat.reads(text, as_version=4)
+    notebook.cells.append(nbformat.v4.new_code_cell(make_notebook.load_tutorial().LEARNED))
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path / "notebooks"}}).execute()
-    answer = notebook.cells[-1].outputs[-1]
+    answer = notebook.cells[-2].outputs[-1]
     assert answer["output_type"] == "stream" and answer["text"].strip()
     assert (tmp_path / "notebooks" / "output" / "TransNormerLLM-7B-Lora" / "adapter_model.safetensors").is_file()

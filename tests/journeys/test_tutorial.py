@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,11 @@ RECORDS = [
     {"instruction": "可曾用膳？", "input": "", "output": "用过了，多谢挂念。"},
 ]
 
+NAMES = {
+    "README.md": {cell: cell for cell in tutorial.CELLS},
+    "README.zh.md": {"load": "加载", "prompt": "数据", "lora": "LoRA", "train": "训练", "chat": "推理"},
+}
+
 
 def test_as_written_the_tutorial_does_not_compile() -> None:
     with pytest.raises(SyntaxError, match="repeated"):
@@ -27,11 +33,16 @@ def test_as_written_the_tutorial_does_not_compile() -> None:
 
 
 @pytest.mark.parametrize("language", ("README.md", "README.zh.md"))
-def test_the_readme_lists_every_edit(language: str) -> None:
-    text = (ROOT / language).read_text(encoding="utf-8")
-    for edit in tutorial.EDITS:
-        assert edit.new in text or not edit.new, edit.new
-        assert edit.old in text, edit.old
+def test_the_readme_lists_every_edit_and_no_other(language: str) -> None:
+    lines = (ROOT / language).read_text(encoding="utf-8").splitlines()
+    names = NAMES[language]
+    rows = [[part.strip() for part in line.strip("|").split(" | ")] for line in lines if line.split(" | ")[0].strip("| ") in names.values()]
+    assert len(rows) == len(tutorial.EDITS)
+    for (cell, old, new, reason), edit in zip(rows, tutorial.EDITS):
+        assert cell == names[edit.cell] and reason
+        assert old == f"`{edit.old}`" if edit.old else "`" not in old
+        assert new.strip("`") == edit.new if edit.new else "`" not in new
+        assert language != "README.md" or reason == edit.reason
 
 
 def test_the_cells_with_their_edits_train_and_answer(
@@ -51,9 +62,12 @@ def test_the_cells_with_their_edits_train_and_answer(
     run(tutorial.edited("lora"))
     run(tutorial.edited("arguments"))
     run(tutorial.edited("train"))
-    logs = [entry["loss"] for entry in space["trainer"].state.log_history if "loss" in entry]  # type: ignore[attr-defined]
-    assert logs and logs[-1] < 8
+    learned: Any = space["tokenized_id"]
+    assert space["trainer"].state.global_step == 15  # type: ignore[attr-defined]
     run(tutorial.edited("chat"))
-    assert isinstance(space["response"], str)
-    assert (tmp_path / "output" / "TransNormerLLM-7B-Lora" / "adapter_model.safetensors").is_file()
+    exec(tutorial.LEARNED, space)
+    asked = space["model_inputs"].input_ids[0].tolist()  # type: ignore[attr-defined]
+    assert asked == learned[0]["input_ids"][: len(asked)] and learned[0]["labels"][len(asked)] != -100, "what is trained is what is asked"
+    (answer,) = space["generated_ids"]  # type: ignore[misc]
+    assert 0 < len(answer) <= 512 and space["response"] == space["tokenizer"].decode(answer, skip_special_tokens=True)  # type: ignore[attr-defined]
     capsys.readouterr()

@@ -189,6 +189,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 """
 """What the tutorial's notebook imports and its text leaves out."""
 
+LEARNED = """
+def loss_of(record):
+    batch = {name: torch.tensor([record[name]], device=model.device) for name in ("input_ids", "attention_mask", "labels")}
+    with torch.no_grad():
+        return model(**batch).loss.item()
+model.eval()
+with_adapter = sum(loss_of(record) for record in tokenized_id[:3])
+with model.disable_adapter():
+    without = sum(loss_of(record) for record in tokenized_id[:3])
+assert with_adapter < 0.95 * without, f"the adapter that was loaded has learned nothing: {with_adapter} of {without}"
+"""
+"""A last cell, of the tests alone: what was saved, loaded anew, knows the records better than the base does."""
+
 
 def edited(cell: str) -> str:
     """The cell with its edits; an edit that finds nothing to change is an error."""
