@@ -9,7 +9,7 @@ from tnl.recipe.load import dump, load
 from tnl.recipe.sections import SECTIONS
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
-RECIPES = sorted(FOLDER.iterdir())
+RECIPES = sorted(FOLDER.glob("*.yaml"))
 NAMES = ["7b-24gb", "alpaca-7b", "huanhuan-385m", "huanhuan-7b", "transcript"]
 
 

@@ -190,6 +190,9 @@ def _resolve_paths(recipe: Recipe) -> None:
     data.train = _files(("data", "train"), data.train)
     if isinstance(data.eval, (str, list)):
         data.eval = _files(("data", "eval"), data.eval)
+    for key in ("deepspeed", "fsdp_config"):
+        if isinstance(getattr(train, key), str):
+            setattr(train, key, _absolute(("train", key), getattr(train, key)))
     train.output_dir = _path(("train", "output_dir"), train.output_dir or f"./output/{recipe.path.stem}")
 
 

@@ -133,6 +133,10 @@ class TrainSection(TrainingFields):
     """What the best checkpoint has the lowest of."""
     early_stopping_patience: int | None = Field(None, ge=1)
     """Measurements without a new best after which training stops; null never stops early."""
+    fsdp: bool | str | None = None  # type: ignore[assignment]  # transformers has text alone, and takes true
+    """Share weights, gradients and optimizer state out over the processes with FSDP2: true; fsdp_config has its settings."""
+    deepspeed: str | dict[str, Any] | None = None
+    """Share them out with DeepSpeed: a configuration, such as recipes/deepspeed/zero3.json."""
     optim: Optimizer = "adamw_torch"
     """The optimizer."""
     seed: int = Field(42, ge=0, lt=2**32)

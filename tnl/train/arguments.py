@@ -25,9 +25,7 @@ REFUSED = {
     "use_liger_kernel": "liger has no kernels for this model, and the logits are never whole anyway. Leave it out",
     "liger_kernel_config": "liger has no kernels for this model. Leave it out",
     "auto_find_batch_size": "memory is planned, and rows are split when it runs out, without it. Leave it out",
-    "deepspeed": "tnl trains in one process on one device. Leave it out",
-    "fsdp": "tnl trains in one process on one device. Leave it out",
-    "parallelism_config": "tnl trains in one process on one device. Leave it out",
+    "parallelism_config": "processes share records, or weights by train.fsdp or train.deepspeed. Leave it out",
     "accelerator_config": "batches do not go through accelerate. Leave it out",
     "push_to_hub": "a run uploads nothing. Leave it out, and upload the run's adapter folder afterwards",
     "save_only_model": "such a checkpoint could not be continued. Leave it out",
@@ -53,7 +51,10 @@ DURING_BACKWARD = (
     "galore_adafactor_layerwise",
     "apollo_adamw_layerwise",
 )
-OURS = ("save_total_limit", "load_best_model_at_end", "bf16", "gradient_accumulation_steps", *NOT_TRANSFORMERS)
+DDP = ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph")
+ENGINES = ("fsdp", "fsdp_config", "deepspeed", *DDP)
+"""What engine_choice.py reads."""
+OURS = ("save_total_limit", "load_best_model_at_end", "bf16", "gradient_accumulation_steps", *ENGINES, *NOT_TRANSFORMERS)
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,6 @@ def build(section: TrainSection, where: Where, run: Path, device: torch.device, 
         "remove_unused_columns": False,
         "logging_nan_inf_filter": False,
         "metric_for_best_model": section.metric_for_best_model or "eval_loss",
-        # every trained weight takes part in the pass that sums gradients
-        "ddp_find_unused_parameters": bool(given.get("ddp_find_unused_parameters")),
     }
     rename_checkpointing(fields)
     if device.type == "cpu":

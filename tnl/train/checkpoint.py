@@ -64,7 +64,7 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: found[name] for name in sorted(found)}
 
 
-def load_weights(model: nn.Module, folder: Path, engine: Engine | None = None) -> None:
+def load_weights(model: nn.Module, folder: Path) -> None:
     """Put the weights of a (verified) folder into the model. Raises ModelError where names or shapes are not exactly the model's."""
     adapted = isinstance(model, PeftModel)
     path = folder / (ADAPTER_WEIGHTS if adapted else FULL_WEIGHTS)
@@ -79,12 +79,15 @@ def load_weights(model: nn.Module, folder: Path, engine: Engine | None = None) -
         found, needed = shape(loaded.get(name)), shape(there.get(name))
         if found != needed:
             raise ModelError(path, f"is not of this run: {name} (found {found}; needed {needed})", "Use another checkpoint.")
-    if engine is not None and engine.sharded:
-        engine.load([(there[name], loaded[name]) for name in there])
-    elif adapted:
-        set_peft_model_state_dict(model, loaded)
+    put_weights(model, loaded)
+
+
+def put_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Put `trained_weights` of such a model into it."""
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, weights)
     else:
-        model.load_state_dict(loaded, strict=False)  # the key sets were compared; only tied names are missing
+        model.load_state_dict(weights, strict=False)  # the key sets were compared; only tied names are missing
 
 
 def compare_configs(model: PeftModel, path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tnl.evaluate import perplexity
 from tnl.train.crew import Crew
@@ -25,10 +26,13 @@ class Engine:
     """
 
     sharded = False
-    """Whether a process holds a part of the weights only, so that all must compute the same number of rows, each whole."""
+    """Whether weights or states are shared out, so that all must compute the same number of rows, each whole."""
+    parts = False
+    """Whether a process's tensors are parts of whole ones."""
 
-    def __init__(self, crew: Crew, device: torch.device) -> None:
-        self.crew, self.device = crew, device
+    def __init__(self, crew: Crew, device: torch.device, **options: Any) -> None:
+        """options: of DistributedDataParallel."""
+        self.crew, self.device, self.options = crew, device, options
         self.wrapped: Any = None
 
     @property
@@ -36,9 +40,20 @@ class Engine:
         """What a loss is multiplied by, since engines divide summed gradients by the number of processes."""
         return self.crew.size
 
-    def begin(self, wrapped: Any, optimizer: Any) -> None:
-        """Take the model as Trainer has wrapped it."""
-        self.wrapped = wrapped
+    def spread(self, needs: Any) -> Any:
+        """What of a memory plan (plan.py) one process needs."""
+        return needs
+
+    def prepare(self, net: nn.Module) -> None:
+        """Before the optimizer is made."""
+
+    def wrap(self, net: nn.Module, optimizer: Any) -> tuple[Any, Any]:
+        """The model as it is called in training, and the optimizer as it is stepped."""
+        if self.crew.size > 1:
+            # every trained weight has a gradient in the pass that sums them, and gradients stay where rows have put them
+            places = [self.device] if self.device.type == "cuda" else None
+            self.wrapped = DistributedDataParallel(net, device_ids=places, **self.options)
+        return self.wrapped or net, optimizer
 
     def share(self, records: Sequence[Record]) -> list[Record]:
         """This process's records of a step: the same number of tokens for each, as near as whole records allow."""
@@ -62,10 +77,6 @@ class Engine:
         loss = compute()
         loss.backward()
         return loss.detach()
-
-    def look(self, net: nn.Module, compute: Compute) -> Tensor:
-        """Compute without gradients."""
-        return compute()
 
     def measure(
         self, net: nn.Module, records: Sequence[Record], budget: int, chunk: int, after_row: Callable[[], None]
@@ -102,18 +113,20 @@ class Engine:
         found = iter(torch._foreach_norm(there) if there else ())
         zero = torch.zeros((), device=self.device)
         norms = torch.stack([next(found).float() if x is not None else zero for x in tensors]) if tensors else zero[None]
-        return self.crew.sum(norms.square()).sqrt() if self.sharded else norms
+        return self.crew.sum(norms.square()).sqrt() if self.parts else norms
 
     def clip(self, parameters: Sequence[nn.Parameter], limit: float, norm: Tensor) -> None:
         """Scale gradients down to a norm."""
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
 
-    def update(self) -> None:
-        """What an engine does itself in place of the optimizer's step."""
+    def kept(self, optimizer: Any) -> list[Tensor]:
+        """This process's part of what the optimizer remembers of the gradients; its counters are not among it."""
+        states = optimizer.state.values()
+        return [x for state in states for x in state.values() if isinstance(x, Tensor) and x.is_floating_point() and x.numel() > 1]
 
-    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Name -> whole tensor on the CPU for the processes that save, empty elsewhere."""
-        return {name: x.detach().cpu().contiguous() for name, x in tensors.items()} if self.crew.saves else {}
+    def whole(self, collect: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Name -> whole tensor on the CPU, of the model's tensors that are collected, for the processes that save; empty elsewhere."""
+        return {name: x.detach().cpu().contiguous() for name, x in collect().items()} if self.crew.saves else {}
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """The optimizer's state as one process would save it, for the processes that save."""
@@ -122,12 +135,6 @@ class Engine:
     def load_optimizer_state(self, optimizer: Any, state: dict[str, Any]) -> None:
         """Take such a state."""
         optimizer.load_state_dict(state)
-
-    def load(self, tensors: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Put whole values into tensors of the model: (target, value)."""
-        with torch.no_grad():
-            for target, value in tensors:
-                target.copy_(value)
 
 
 def through(wrapped: Any, net: nn.Module, compute: Compute) -> Tensor:

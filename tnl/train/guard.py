@@ -43,7 +43,7 @@ class Guard:
         number: of the step, from 1. loss_of: measures one record, to name the guilty ones. Raises NumbersError before the update.
         """
         self.norms = self.engine.norms(self.engine.gradients([p for _, p in self.parameters]))
-        kept = self.engine.norms([*kept_by(optimizer), None])
+        kept = self.engine.norms([*self.engine.kept(optimizer), None])
         watched = torch.cat([self.norms, kept.to(self.norms.device), result.loss.float()[None].to(self.norms.device)])
         if not bool(torch.isfinite(watched).all()):
             raise self.not_finite(result, batch, optimizer, number, loss_of)
@@ -93,12 +93,6 @@ class Guard:
 def module_of(name: str) -> str:
     """The module that an adapter matrix belongs to."""
     return name.partition(".lora_")[0]
-
-
-def kept_by(optimizer: Any) -> list[Tensor]:
-    """What an optimizer remembers of the gradients; its counters are not among it."""
-    states = optimizer.state.values()
-    return [x for state in states for x in state.values() if isinstance(x, Tensor) and x.is_floating_point() and x.numel() > 1]
 
 
 def first_bad(model: nn.Module, optimizer: Any) -> str | None:

@@ -106,7 +106,7 @@ class Plan:
     """Frozen weights, in the dtype they are loaded in."""
     trained: int
     """Trained weights."""
-    states: int
+    states: float
     """What the optimizer keeps of each trained weight, in copies of it: 2 for Adam."""
     curve: Callable[[bool], Curve]
     """Activations, logits, temporaries and gradients of a row; of the argument True, where layers are recomputed. Traced when asked for."""

@@ -32,7 +32,7 @@ from tnl.model.tokenization_baichuan import BaiChuanTokenizer
 from tnl.recipe.load import Recipe, dump, load
 from tnl.run_dir import RunDir, fingerprint, open_run
 from tnl.storage import staged, storage
-from tnl.train import arguments, callbacks, checkpoint, lora, order, plan, segments, together
+from tnl.train import arguments, callbacks, checkpoint, engine_choice, lora, order, plan, segments, together
 from tnl.train.engines import Engine
 from tnl.train.paths_taken import paths_taken, words
 from tnl.train.signals import StopSignals
@@ -89,7 +89,8 @@ def train(recipe: Recipe, memory: float | None, allow: Sequence[str] = ()) -> Ru
         args, settings = arguments.build(recipe.train, recipe.where, path, base.device, bool(data.eval))
         args.num_train_epochs = order.epochs(recipe.train, len(data.train), settings.records_per_step)
         say(order.words(recipe.train, len(data.train), settings.records_per_step))
-        rows = together.same_rows(crew, plan_rows(recipe, base, data, memory))
+        engine = engine_choice.make(recipe.train, crew, base.device, base.dtype, recipe.where)
+        rows = together.same_rows(crew, plan_rows(recipe, base, data, memory, engine))
         loaded = load_model(base.folder, dtype=base.dtype, device=base.device, backend=recipe.model.backend)
         model = lora.attach(loaded, recipe.lora, recipe.where, recipe.train.seed, say)
     show_table(model)
@@ -97,7 +98,7 @@ def train(recipe: Recipe, memory: float | None, allow: Sequence[str] = ()) -> Ru
     with together.held(crew, path, facts, allow) as (work, folder, notices), StopSignals() as stop, closing(live):
         watchers = [callbacks.Metrics(work.metrics), live] if crew.leads else []
         trainer = TnlTrainer(model, args, settings, rows, data.train, data.eval, watchers, stop.asked)
-        trainer.engine, trainer.stop = Engine(crew, base.device), stop
+        trainer.engine, trainer.stop = engine, stop
         stop.quiet = not crew.leads
         if crew.size > 1:
             trainer.stop_requested = lambda: False  # until all have heard of it
@@ -106,6 +107,8 @@ def train(recipe: Recipe, memory: float | None, allow: Sequence[str] = ()) -> Ru
         samples = first_words(recipe, base, data, trainer, stop, folder, notices)
         with crew.said_once():
             trainer.train(resume_from_checkpoint=None if folder is None else str(folder))
+        if not stop.requested:
+            unite(recipe, base, trainer)
         with crew.together():
             if stop.requested and crew.saves:
                 interrupted(work, trainer, stop)
@@ -158,11 +161,29 @@ def fingerprint_of(recipe: Recipe, base: Base) -> dict[str, Any]:
     return fingerprint(recipe, files, template=TEMPLATES[recipe.data.template].hash, dtype=str(base.dtype))
 
 
-def plan_rows(recipe: Recipe, base: Base, data: Dataset, memory: float | None) -> Rows:
+def unite(recipe: Recipe, base: Base, trainer: TnlTrainer) -> None:
+    """Where weights are shared out: for the processes that save, the whole model anew, with the weights as they were trained."""
+    engine, net = trainer.engine, trainer.net
+    if not engine.sharded:
+        return
+    weights = engine.whole(lambda: checkpoint.trained_tensors(net))
+    if engine.crew.saves:
+        loaded = load_model(base.folder, dtype=base.dtype, device=base.device, backend=recipe.model.backend)
+        trainer.net = lora.attach(loaded, recipe.lora, recipe.where, recipe.train.seed, lambda line: None)
+        checkpoint.put_weights(trainer.net, weights)
+
+
+def plan_rows(recipe: Recipe, base: Base, data: Dataset, memory: float | None, engine: Engine | None = None) -> Rows:
     """Rows that fit this machine, said in one line. Raises MemoryBudgetError before any weight is loaded."""
     longest = max([*lengths_of(data.train), *lengths_of(data.eval)])
     needs = plan.make(base.config, recipe.lora, base.dtype, base.device, recipe.train.optim, recipe.where, recipe.model.backend)
-    layout = segments.lay_out(needs, base.config, base.device, plan.here(base.device, memory), longest, recipe.train)
+    room = plan.here(base.device, memory)
+    if engine is not None and engine.sharded:
+        needs = engine.spread(needs)
+        most = plan.longest_row(base.device, longest, recipe.train)
+        layout = segments.Layout(plan.choose(needs, room, longest, recipe.train.gradient_checkpointing, most))
+    else:
+        layout = segments.lay_out(needs, base.config, base.device, room, longest, recipe.train)
     choice = layout.choice
     budget = plan.require(needs, choice, longest)
     say(plan.words(needs, choice))
@@ -184,6 +205,8 @@ def first_words(
     crew, work = trainer.engine.crew, trainer.run
     paths = paths_taken(trainer.net, trainer.rows)
     say(words(paths))
+    if line := engine_choice.words(trainer.engine):
+        say(line)
     samples: tuple[list[generation.Sample], list[list[int]]] = ([], [])
     with crew.together():
         if crew.saves:

@@ -41,6 +41,7 @@ class TnlTrainer(Trainer):
     - get_batch_samples: randomness is seeded by seed and step before the step's records are fetched, so a resumed run repeats it;
       _save_rng_state and _load_rng_state have nothing left to do.
     - training_step: step.py, then guard.py: one flag is read, before the optimizer's update (loss, gradients, optimizer state finite).
+    - _wrap_model: engines.py puts DDP, FSDP2 or DeepSpeed around the model, on CPUs as on GPUs.
     - _clip_grad_norm, _get_grad_norm: from the norms of that check.
     - evaluate: perplexity.py, no logits kept; _evaluate: a signal may end a measurement; _determine_best_metric: a new best is saved
       at once, and patience is counted.
@@ -124,13 +125,16 @@ class TnlTrainer(Trainer):
 
     # ---- one step -------------------------------------------------------------------------------
 
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        wrapped, self.optimizer = self.engine.wrap(self.net, self.optimizer)
+        return wrapped
+
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
         if not self.net.training:
             self.net.train()
         self.optimizer_mode("train")
         result = step(self.net, inputs.records, self.rows, self.step_seed, self.engine)
         self.guard.check(result, inputs, self.optimizer, self.state.global_step + 1, self.loss_of)
-        self.engine.update()
         self.heed_signals()
         self.supervised += result.supervised
         self.clock.tokens += result.tokens
@@ -166,6 +170,7 @@ class TnlTrainer(Trainer):
             switch()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        self.engine.prepare(self.net)  # only now: questions were answered by the whole model
         try:
             return super().create_optimizer(model)
         except (ImportError, ValueError, TypeError, RuntimeError) as error:
@@ -269,7 +274,7 @@ class TnlTrainer(Trainer):
 
     def write_checkpoint(self, extra: dict[str, Any]) -> None:
         """Gather what is shared out, and let those who save write it; all go on once it is there."""
-        weights = self.engine.whole(checkpoint.trained_tensors(self.net))
+        weights = self.engine.whole(lambda: checkpoint.trained_tensors(self.net))
         optimizer = self.engine.optimizer_state(self.optimizer)
         with self.engine.crew.together():
             if not self.engine.crew.saves:
@@ -302,7 +307,7 @@ class TnlTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         with self.engine.crew.together():
             self.resumed = check_checkpoint(folder, int(folder.name.rpartition("-")[2]))
-            checkpoint.load_weights(self.net, folder, self.engine)
+            checkpoint.load_weights(self.net, folder)
         self.rows.restore(self.resumed["rows"], self.net)
         self.supervised = self.resumed["supervised"]
 
@@ -324,7 +329,6 @@ class TnlTrainer(Trainer):
         """Before the first step: what a resumed run left to be done."""
         self.clock = Clock()
         if self.engine.crew.size > 1:
-            self.engine.begin(self.model_wrapped, self.optimizer)
             self.guard = Guard(self.net, self.engine)
         if not self.resumed:
             return
