@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tnl.errors import MemoryBudgetError, ModelError
+from tnl.errors import MemoryBudgetError, ModelError, RecipeError
 from tnl.model import convert
 from tnl.recipe.load import load
 from tnl.run_dir import compare
@@ -136,3 +136,12 @@ def test_a_document_that_fits_nowhere_whole_is_shown_in_segments(base: Path, tmp
 
 def test_durations_are_said_as_people_say_them() -> None:
     assert [check.clock(s) for s in (0.25, 42.3, 400, 7200)] == ["0.2 s", "42 s", "7 min", "2 h 00 min"]
+
+
+def test_a_check_names_what_a_deepspeed_configuration_contradicts(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "ds.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": 2}, "gradient_clipping": 0.3}), encoding="utf-8")
+    with pytest.raises(RecipeError, match="gradient_clipping: is 0.3, and train.max_grad_norm is 1.0"):
+        check.run(recipe, [f"train.deepspeed={config}"])
+    check.run(recipe, ["train.fsdp=true"], memory=24)
+    assert "planned for one process: train.fsdp and train.deepspeed" in capsys.readouterr().out

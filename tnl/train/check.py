@@ -20,7 +20,8 @@ from tnl.model.convert import HEAD, check_keys, headers, weight_files
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.recipe.load import Recipe, load
 from tnl.run_dir import RunDir, changes
-from tnl.train import arguments, calibrate, order, plan, segments
+from tnl.train import arguments, calibrate, engine_choice, order, plan, segments
+from tnl.train.crew import Crew
 from tnl.train.run import Base, fingerprint_of, occupied, prepare, show_table
 
 console = Console(highlight=False, soft_wrap=True)
@@ -52,6 +53,8 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), *, memory: float | Non
                 say(f"{name} was {old} in the run that is there and is {new} now, as --allow-change permits")
     data = build(recipe.data, base.tokenizer, seed=recipe.train.seed)  # type: ignore[arg-type]
     _, settings = arguments.build(recipe.train, recipe.where, Path(recipe.train.output_dir), base.device, bool(data.eval))
+    if recipe.train.fsdp or recipe.train.deepspeed:
+        engine_choice.make(recipe.train, Crew(0, 2), base.device, base.dtype, recipe.where)  # says what contradicts the recipe
     show_statistics(data.report, recipe)
     for record in data.train[: TRANSCRIPT_RECORDS if data.report.speakers else 1]:
         show_record(record, base)
@@ -203,6 +206,9 @@ def show_memory(recipe: Recipe, base: Base, data: Dataset, memory: float | None)
     say(f"the longest record has {longest:,} tokens; frozen weights {needs.weights / plan.GIB:.1f} GiB, {token}")
     if layout.line:
         say(layout.line)
+    if recipe.train.fsdp or recipe.train.deepspeed:
+        say("planned for one process: train.fsdp and train.deepspeed share weights and states out over their number (docs/scale.md)")
+        return layout
     try:
         plan.require(needs, chosen, longest)
     except MemoryBudgetError:

@@ -90,7 +90,9 @@ def train(recipe: Recipe, memory: float | None, allow: Sequence[str] = ()) -> Ru
         args.num_train_epochs = order.epochs(recipe.train, len(data.train), settings.records_per_step)
         say(order.words(recipe.train, len(data.train), settings.records_per_step))
         engine = engine_choice.make(recipe.train, crew, base.device, base.dtype, recipe.where)
-        rows = together.same_rows(crew, plan_rows(recipe, base, data, memory, engine))
+        rows = plan_rows(recipe, base, data, memory, engine)
+    together.same_rows(crew, rows)
+    with crew.together():
         loaded = load_model(base.folder, dtype=base.dtype, device=base.device, backend=recipe.model.backend)
         model = lora.attach(loaded, recipe.lora, recipe.where, recipe.train.seed, say)
     show_table(model)

@@ -78,12 +78,11 @@ def read(crew: Crew, make: Callable[[], Dataset]) -> Dataset:
     return Dataset(train, held, report)  # type: ignore[arg-type]
 
 
-def same_rows(crew: Crew, rows: Rows) -> Rows:
-    """Rows that fit every process's device."""
+def same_rows(crew: Crew, rows: Rows) -> None:
+    """Make them such as fit every process's device."""
     rows.budget = min(crew.gather(rows.budget))
     lengths = [length for length in crew.gather(rows.segment_length) if length is not None]
     rows.segment_length = min(lengths, default=None)
-    return rows
 
 
 @contextlib.contextmanager
