@@ -141,7 +141,7 @@ def test_durations_are_said_as_people_say_them() -> None:
 def test_a_check_names_what_a_deepspeed_configuration_contradicts(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "ds.json"
     config.write_text(json.dumps({"zero_optimization": {"stage": 2}, "gradient_clipping": 0.3}), encoding="utf-8")
-    with pytest.raises(RecipeError, match="gradient_clipping: is 0.3, and train.max_grad_norm is 1.0"):
+    with pytest.raises(RecipeError, match=r"gradient_clipping: is 0\.3, and train\.max_grad_norm is 1\.0"):
         check.run(recipe, [f"train.deepspeed={config}"])
     check.run(recipe, ["train.fsdp=true"], memory=24)
     assert "planned for one process: train.fsdp and train.deepspeed" in capsys.readouterr().out

@@ -103,7 +103,8 @@ def measure(
     device = next(model.parameters()).device
     total, tokens = 0.0, 0
     by_position = stream.LossByPosition(device, stream.FIRST_BUCKET)
-    with evaluating(model), torch.inference_mode():
+    # not inference_mode: FSDP2 makes the buffers here, at step 0, that it trains with later
+    with evaluating(model), torch.no_grad():
         for row in pack(records, row_budget):
             found = token_losses(model, row, device, chunk)
             by_position.add(torch.cat([supervised_places(record) for record in row]), found)
