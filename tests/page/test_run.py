@@ -130,6 +130,26 @@ def test_the_command(output: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("early", [False, True])
+def test_killing_it_leaves_nothing_behind(output: Path, early: bool) -> None:
+    """Also where the server has just been started and loads."""
+    port = free_port()
+    with spawned(str(output / "teahouse"), "--port", str(port)) as process:
+        if not early:
+            ready(port)
+        page, family = psutil.Process(process.pid), []
+        while len(family) < (1 if early else 2):
+            family = page.children(recursive=True)
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
+        end = time.monotonic() + 60
+        while alive := [member for member in family if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]:
+            assert time.monotonic() < end, alive
+            time.sleep(0.05)
+
+
+@pytest.mark.slow
 def test_what_the_server_refuses_is_told(tmp_path: Path) -> None:
     with spawned(str(tmp_path / "none"), "--port", str(free_port())) as process:
         said, told = process.communicate(timeout=120)

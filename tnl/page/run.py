@@ -21,6 +21,8 @@ from tnl.errors import RecipeError
 
 APP = Path(__file__).with_name("app.py")
 HOST = "127.0.0.1"
+LEASHED = (sys.executable, "-m", "tnl.page.leash")
+"""How children are started, so that none outlives this process."""
 STREAMLIT = (
     f"--server.address={HOST}",
     f"--server.allowedHosts={HOST}",
@@ -115,8 +117,10 @@ def start_server(
     with socket.create_server((HOST, 0)) as free:
         port = free.getsockname()[1]
     options = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    command = [sys.executable, "-m", "tnl", "serve", "--no-merge", "--port", str(port), *options, "--", model_or_run]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace")
+    command = [*LEASHED, "tnl", "serve", "--no-merge", "--port", str(port), *options, "--", model_or_run]
+    process = subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace"
+    )
     telling = threading.Thread(target=pass_on, args=(process,), daemon=True)
     telling.start()
     stack.callback(telling.join, 5)
@@ -130,8 +134,8 @@ def start_server(
 
 def start_page(port: int, environment: Mapping[str, str], stack: contextlib.ExitStack) -> subprocess.Popen[bytes]:
     """Start Streamlit."""
-    command = [sys.executable, "-m", "streamlit", "run", str(APP), *STREAMLIT, f"--server.port={port}"]
-    process = subprocess.Popen(command, env=environment)
+    command = [*LEASHED, "streamlit", "run", str(APP), *STREAMLIT, f"--server.port={port}"]
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE)
     stack.callback(end, process)
     return process
 
