@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="instruction records (default: dataset/huanhuan.json)")
     parser.add_argument("--model", type=Path, help="a folder of random weights of the 7B (24gb), made there if need be")
     arguments = parser.parse_args()
-    data = arguments.data or ROOT / "dataset" / "huanhuan.json"
+    data = (arguments.data or ROOT / "dataset" / "huanhuan.json").resolve()
     if not data.is_file():
         raise SystemExit(f"{data}: there is no such file. The README says where to get it, or give --data.")
     for page in arguments.pages:

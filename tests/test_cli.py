@@ -203,6 +203,37 @@ def test_a_mistake_is_one_line_and_exit_2(arguments: list[str], said: str, capsy
 
 
 @pytest.mark.parametrize(
+    "command",
+    [
+        ["resume", "{}"],
+        ["chat", "{}"],
+        ["generate", "{}", "hello"],
+        ["serve", "{}"],
+        ["evaluate", "{}"],
+        ["merge", "{}", "merged"],
+        ["push", "{}", "me/x"],
+    ],
+)
+def test_a_run_that_is_not_there_is_one_mistake_for_all_commands(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("output/huanhuan").mkdir(parents=True)
+    assert main(*(word.format("output/huanhua") for word in command)) == 4
+    assert capsys.readouterr() == ("", f"error: output/huanhua: no such folder. Did you mean {tmp_path}/output/huanhuan?\n")
+    assert main(*(word.format("$NOWHERE/huanhuan") for word in command)) == 4
+    assert capsys.readouterr() == ("", "error: $NOWHERE/huanhuan: $NOWHERE is not set. Set it, or write the path out.\n")
+    assert sorted(Path().iterdir()) == [Path("output")]
+
+
+def test_a_file_of_questions_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("questions.txt").touch()
+    assert main("generate", "demo", "--file", "question.txt") == 3
+    assert capsys.readouterr().err == f"error: question.txt: no such file. Did you mean {tmp_path}/questions.txt?\n"
+
+
+@pytest.mark.parametrize(
     ("error", "code", "said"),
     [
         (RecipeError("r.yaml:line 1", "wrong", "Mend it."), 2, "error: r.yaml:line 1: wrong. Mend it.\n"),

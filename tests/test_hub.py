@@ -33,3 +33,16 @@ def test_a_file_is_no_model_folder(tmp_path: Path) -> None:
     (tmp_path / "model.bin").touch()
     with pytest.raises(ModelError, match="needed: the model's folder"):
         hub.resolve(str(tmp_path / "model.bin"))
+
+
+def test_a_repository_that_is_none_may_be_a_folder_nearby(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(repo: str, **_options: object) -> Path:
+        raise ModelError(repo, "no such repository", "Check the name.")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "download", refuse)
+    (tmp_path / "output/demo").mkdir(parents=True)
+    with pytest.raises(ModelError, match=rf"^outputs/demo: no such repository\. Did you mean the folder {tmp_path}/output/demo\?$"):
+        hub.resolve("outputs/demo")
+    with pytest.raises(ModelError, match=r"^me/demo: no such repository\. Check the name\.$"):
+        hub.resolve("me/demo")

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tnl import paths
+from tnl.errors import ModelError, RecipeError
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,7 @@ def test_the_first_part_that_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "dataset").mkdir()
     (tmp_path / "dataset/huanhuan.json").touch()
     assert paths.missing(tmp_path / "dataset/huanhuan.jsonl") == (
-        f"no such file: {tmp_path}/dataset/huanhuan.jsonl",
+        "no such file",
         f"Did you mean {tmp_path}/dataset/huanhuan.json?",
     )
     assert paths.missing(tmp_path / "datasets/huanhuan.json") == (
@@ -60,14 +61,36 @@ def test_the_first_part_that_is_missing_is_named(tmp_path: Path) -> None:
     )
     assert paths.missing(tmp_path / "Dataset")[1] == f"Did you mean {tmp_path}/dataset (only the case differs)?"
     assert paths.missing(tmp_path / "dataset/xyz.csv") == (
-        f"no such file: {tmp_path}/dataset/xyz.csv ({tmp_path}/dataset has huanhuan.json)",
+        f"no such file ({tmp_path}/dataset has huanhuan.json)",
         "Name one that exists.",
     )
     assert paths.missing(tmp_path / "dataset/huanhuan.json/x")[0] == f"{tmp_path}/dataset/huanhuan.json is a file, not a folder"
     (tmp_path / "empty").mkdir()
-    assert "is empty" in paths.missing(tmp_path / "empty/x")[0]
-    assert paths.missing(tmp_path / "empty/x", named=True)[0] == f"no such folder ({tmp_path}/empty is empty)"
-    assert paths.missing(tmp_path / "empty/x/y", named=True)[0] == f"no such folder: {tmp_path}/empty/x ({tmp_path}/empty is empty)"
+    assert paths.missing(tmp_path / "empty/x")[0] == f"no such folder ({tmp_path}/empty is empty)"
+    assert paths.missing(tmp_path / "empty/x/y")[0] == f"no such folder: {tmp_path}/empty/x ({tmp_path}/empty is empty)"
+
+
+def test_an_error_begins_with_the_word_that_was_given(tmp_path: Path) -> None:
+    Path("output/huanhuan").mkdir(parents=True)
+    assert paths.existing("output/huanhuan", ModelError) == tmp_path / "output/huanhuan"
+    with pytest.raises(ModelError, match=rf"^output/huanhua: no such folder\. Did you mean {tmp_path}/output/huanhuan\?$"):
+        paths.existing("output/huanhua", ModelError)
+    with pytest.raises(RecipeError, match=rf"^outputs/huanhuan: no such folder: {tmp_path}/outputs\. Did you mean {tmp_path}/output\?$"):
+        paths.existing(Path("outputs/huanhuan"), RecipeError)
+    with pytest.raises(ModelError, match=r"^\$NOWHERE/x: \$NOWHERE is not set\. Set it, or write the path out\.$"):
+        paths.existing("$NOWHERE/x", ModelError)
+
+
+def test_a_folder_of_nearly_that_name_is_found(tmp_path: Path) -> None:
+    Path("output/huanhuan").mkdir(parents=True)
+    assert paths.near(Path("outputs/huanhuan")) == tmp_path / "output/huanhuan"
+    assert paths.near(Path("outputs/other")) is paths.near(Path("a/b/c")) is None
+
+
+def test_what_is_a_recipe() -> None:
+    Path("run.yaml").mkdir()
+    Path("recipe").touch()
+    assert [paths.is_recipe(Path(word)) for word in ("recipe", "gone.yaml", "run.yaml", "gone")] == [True, True, False, False]
 
 
 def test_nearest() -> None:

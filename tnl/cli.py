@@ -201,7 +201,7 @@ def evaluate(
     overrides: Overrides = None,
 ) -> None:
     """Measure loss and perplexity on the held-out records."""
-    if not recipe_or_run.is_dir():
+    if paths.is_recipe(recipe_or_run):
         _check_recipe(recipe_or_run, overrides)
     _call("evaluate", recipe_or_run, overrides or [])
 

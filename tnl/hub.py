@@ -38,13 +38,14 @@ def resolve(path: str, hub: Hub = "huggingface", revision: str | None = None, *,
             raise ModelError(DEMO, "the demo base is missing from this installation", "Install tnl again.")
         return DEMO
     if not paths.looks_like_path(path):
-        return download(path, hub=hub, revision=revision, weights=weights)
-    try:
-        folder = paths.absolute(path)
-    except KeyError as error:
-        raise ModelError(path, f"${error.args[0]} is not set", "Set it, or write the path out.") from None
-    if not folder.exists():
-        raise ModelError(path, *paths.missing(folder, named=True))
+        try:
+            return download(path, hub=hub, revision=revision, weights=weights)
+        except ModelError as error:
+            near = paths.near(Path(path))
+            if near is None:
+                raise
+            raise ModelError(error.where, error.what, f"Did you mean the folder {near}?") from None
+    folder = paths.existing(path, ModelError)
     if not folder.is_dir():
         raise ModelError(path, "is a file (needed: the model's folder)", f"Name {folder.parent}.")
     return folder

@@ -5,6 +5,8 @@ import os
 import re
 from pathlib import Path
 
+from tnl.errors import TnlError
+
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -53,12 +55,34 @@ def nearest(name: str, names: list[str]) -> str | None:
     return lowered[close[0]] if close else None
 
 
-def missing(path: Path, *, named: bool = False) -> tuple[str, str]:
-    """Say which part of a path does not exist and what stands in its place: (what is wrong, what to do).
+def near(path: Path) -> Path | None:
+    """Return what is there under nearly that path: its name in a folder whose name is nearly that of its parent; or None."""
+    parent = absolute(str(path)).parent
+    if not parent.parent.is_dir():
+        return None
+    close = nearest(parent.name, [entry.name for entry in parent.parent.iterdir() if (entry / path.name).exists()])
+    return parent.parent / close / path.name if close else None
 
-    named: the error begins with the path itself, so it is not said again.
-    """
-    present = path
+
+def is_recipe(path: Path) -> bool:
+    """Whether RECIPE_OR_RUN is a recipe: a file, or the name of one."""
+    return path.is_file() or (not path.is_dir() and path.suffix.lower() in (".yaml", ".yml"))
+
+
+def existing(word: str | Path, kind: type[TnlError]) -> Path:
+    """Return the absolute path of what is there under that word. Raises an error of that kind, which begins with the word."""
+    try:
+        path = absolute(str(word))
+    except KeyError as error:
+        raise kind(word, f"${error.args[0]} is not set", "Set it, or write the path out.") from None
+    if not path.exists():
+        raise kind(word, *missing(path))
+    return path
+
+
+def missing(path: Path) -> tuple[str, str]:
+    """Say which part of a path does not exist and what stands in its place: (what is wrong, what to do), the path itself named before."""
+    present = path = absolute(str(path))
     while not present.exists() and present != present.parent:
         absent, present = present, present.parent
     kind = "file" if path.suffix else "folder"
@@ -70,7 +94,7 @@ def missing(path: Path, *, named: bool = False) -> tuple[str, str]:
         siblings = []
     near = nearest(absent.name, siblings)
     what = f"no such {kind if absent == path else 'folder'}"
-    if not named or absent != path:
+    if absent != path:
         what += f": {absent}"
     if near:
         differs = " (only the case differs)" if near.lower() == absent.name.lower() else ""

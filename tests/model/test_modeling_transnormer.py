@@ -1,6 +1,7 @@
 """Parity with the authors' published code on the golden values, through the Auto classes."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.generation import TextStreamer
 
 import tnl.model  # noqa: F401 (registers the Auto classes)
+from tnl.model import modeling_transnormer
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.model.state import TransnormerCache
@@ -135,6 +137,28 @@ def test_generate_agrees_with_and_without_cache_and_left_padded(base: Transnorme
     mask = torch.cat([torch.zeros(2, 3, dtype=torch.long), torch.ones_like(prompt)], 1)
     made.append(base.generate(ids, attention_mask=mask, **arguments)[:, 14:].tolist())
     assert made[0] == made[1] == made[2]
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}])
+def test_a_token_that_was_drawn_is_not_asked_for_its_mask(
+    base: TransnormerForCausalLM, settings: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading the mask on the host would wait for the device at every token."""
+    masks: list[tuple[int, ...] | None] = []
+
+    def arrange(x: Tensor, mask: Tensor | None, *rest: Any) -> Any:
+        masks.append(None if mask is None else tuple(mask.shape))
+        return real_arrange(x, mask, *rest)
+
+    real_arrange = modeling_transnormer.arrange
+    monkeypatch.setattr(modeling_transnormer, "arrange", arrange)
+    prompt, cache = torch.randint(3, 160, (2, 7)), TransnormerCache(base.config.decoder_layers)
+    arguments = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": NEVER, **settings}
+    whole = base.generate(prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, **arguments)
+    assert masks == [(2, 7), None, None, None]
+    if not settings:  # a call's own tokens are held against its mask, be it a single one
+        base.generate(whole, attention_mask=torch.ones_like(whole), past_key_values=cache, **arguments)
+        assert masks[4:] == [(2, 11), None, None, None]
 
 
 def test_generate_streams_and_goes_on_from_a_cache(base: TransnormerForCausalLM) -> None:

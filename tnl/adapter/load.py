@@ -90,9 +90,7 @@ def check_base(model: nn.Module, base: Base, folder: Path) -> None:
 
 def adapter_folder(folder: str | Path) -> Path:
     """The absolute folder of an adapter; a run's folder stands for its adapter. Raises ModelError, naming the nearest sibling."""
-    path = paths.absolute(str(folder))
-    if not path.exists():
-        raise ModelError("", *paths.missing(path))
+    path = paths.existing(folder, ModelError)
     if not path.is_dir():
         raise ModelError(path, "is a file (needed: the adapter's folder)", f"Name {path.parent}")
     if not (path / CONFIG).is_file() and (path / "adapter" / CONFIG).is_file():

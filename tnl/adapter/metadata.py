@@ -130,8 +130,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """A small file that holds one JSON object. Raises ModelError."""
     todo = "Copy the file anew"
     if not file.is_file():
-        what, todo = paths.missing(file)
-        raise ModelError("", what, todo)
+        raise ModelError(file, *paths.missing(file))
     size = file.stat().st_size
     if size > JSON_LIMIT:
         raise ModelError(file, f"it has {size:,} bytes (at most {JSON_LIMIT:,} are sensible)", "Do not trust the file")

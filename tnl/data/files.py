@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from tnl.errors import DataError
-from tnl.paths import absolute, missing
+from tnl.paths import missing
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 MAX_LINE = 32 * 1024 * 1024
@@ -67,7 +67,7 @@ def kind_of(path: Path) -> str:
             raise DataError(path, f"is a link that leads nowhere (to {path.readlink()})", "Name the file itself.") from error
         if isinstance(error, PermissionError):
             raise DataError(path, "cannot be read (permission denied)", "Mend its permissions.") from error
-        what, todo = missing(absolute(str(path)), named=True)
+        what, todo = missing(path)
         raise DataError(path, what, todo) from error
     if stat.S_ISDIR(mode):
         return "folder"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from tnl import hub
+from tnl import hub, paths
 from tnl.adapter.load import base_folder, load_adapter
 from tnl.data.build import build
 from tnl.errors import DataError, ModelError
@@ -25,9 +25,11 @@ def run(recipe_or_run: Path, overrides: Sequence[str] = ()) -> dict[str, perplex
 
     recipe_or_run: a recipe (its base model) or a run's folder (base and adapter). Raises DataError where nothing is held out.
     """
-    is_run = Path(recipe_or_run).is_dir()
-    recipe = of_run(RunDir(Path(recipe_or_run)), overrides) if is_run else load(recipe_or_run, overrides)
-    measured = measure_run(recipe, RunDir(Path(recipe_or_run))) if is_run else {"base": measure_base(recipe)}
+    if paths.is_recipe(recipe_or_run):
+        measured = {"base": measure_base(load(recipe_or_run, overrides))}
+    else:
+        work = RunDir(paths.existing(recipe_or_run, ModelError))
+        measured = measure_run(of_run(work, overrides), work)
     for name, result in measured.items():
         counted = f"{result.tokens:,} tokens of {result.records:,} held-out records"
         console.print(f"{name}: loss {result.loss:.4f}, perplexity {result.value:.2f} ({counted})", markup=False)

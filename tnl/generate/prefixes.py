@@ -212,7 +212,7 @@ def load_state(path: Path, model: nn.Module, scope: str) -> State:
     """Read what `save_state` wrote, for a model of the same scope; nothing of it is trusted. Raises ModelError."""
     todo = "Name the file of a saved state"
     if not path.is_file():
-        raise ModelError("", *paths.missing(path)) if not path.exists() else ModelError(path, "is no file", todo)
+        raise ModelError(path, *paths.missing(path)) if not path.exists() else ModelError(path, "is no file", todo)
     config = base_of(model).config
     shapes = {f"layers.{i}": (1, *shape) for i, shape in enumerate(state_shapes(config))}
     try:

@@ -47,7 +47,8 @@ def answer(talker: Talker, question: str) -> dict[str, str | int]:
 def read_questions(file: Path) -> list[str]:
     """The lines of a file that are not blank. Raises DataError."""
     if not file.is_file():
-        raise DataError("", *paths.missing(file)) if not file.exists() else DataError(file, "is no file", "Name a text file")
+        paths.existing(file, DataError)
+        raise DataError(file, "is no file", "Name a text file")
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:

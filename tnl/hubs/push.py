@@ -26,7 +26,7 @@ def run(run: Path, repo: str, hub: str = "huggingface", public: bool = False, ba
     require_hub(hub)
     if not paths.is_repository(repo):
         raise RecipeError("command line", f"REPO is {repo!r} (needed: owner/name)", "Write, for example, me/huanhuan.")
-    work = RunDir(paths.absolute(str(run)))
+    work = RunDir(paths.existing(run, ModelError))
     result = result_of(work)
     recipe = load(work.recipe)
     named, local = base or recipe.model.path, False
@@ -49,8 +49,6 @@ def run(run: Path, repo: str, hub: str = "huggingface", public: bool = False, ba
 
 def result_of(work: RunDir) -> Path:
     """The folder that a finished run made, verified. Raises ModelError."""
-    if not work.path.exists():
-        raise ModelError("", *paths.missing(work.path))
     if work.status != "finished":
         todo = f"Finish it first: tnl resume {work.path}." if work.recipe.is_file() else "Name the folder of a run."
         raise ModelError(work.path, "is not the folder of a finished run", todo)

@@ -86,7 +86,7 @@ def dumps(recipe: Recipe) -> str:
 
 def _read(path: Path) -> str:
     if not path.exists():
-        raise RecipeError(path, *paths.missing(paths.absolute(str(path)), named=True))
+        raise RecipeError(path, *paths.missing(path))
     if not path.is_file():
         raise RecipeError(path, "not a file (needed: a recipe, a YAML file)", "Name the recipe itself.")
     try:

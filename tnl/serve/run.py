@@ -126,7 +126,8 @@ def prepare(model_or_run: str, serving: Serving, options: Mapping[str, Any]) -> 
     """Load what is served. Raises what `resolve` raises."""
     for name, folder in (("--adapters", serving.adapters), ("--runs", serving.runs)):
         if folder is not None and not folder.is_dir():
-            raise RecipeError(name, *(paths.missing(folder) if not folder.exists() else (f"{folder} is no folder", "Name a folder")))
+            paths.existing(folder, RecipeError)
+            raise RecipeError(folder, f"is no folder, as {name} needs", "Name a folder")
     wanted = Options(**{name: value for name, value in options.items() if name in Options.__annotations__})  # type: ignore[typeddict-item]
     talker = resolve(model_or_run, wanted)
     adapter, _ = find(hub.resolve(model_or_run), [])

@@ -56,9 +56,7 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), *, memory: float | Non
 
 def resume(run_path: Path, *, memory: float | None = None, allow_change: Sequence[str] = ()) -> RunDir:
     """Continue the run in a folder by its own recipe. Raises ModelError where it is none."""
-    found = RunDir(paths.absolute(str(run_path)))
-    if not found.path.exists():
-        raise ModelError(run_path, *paths.missing(found.path, named=True))
+    found = RunDir(paths.existing(run_path, ModelError))
     if not found.path.is_dir():
         raise ModelError(run_path, "is a file (needed: the folder of a run)", f"Name a run's folder, or start one: tnl train {run_path}")
     if not found.read_metadata() or not found.recipe.is_file():
