@@ -152,12 +152,13 @@ def test_a_token_that_was_drawn_is_not_asked_for_its_mask(
 
     real_arrange = modeling_transnormer.arrange
     monkeypatch.setattr(modeling_transnormer, "arrange", arrange)
-    prompt, cache = torch.randint(3, 160, (2, 7)), TransnormerCache(base.config.decoder_layers)
+    prompt, mask = torch.randint(3, 160, (2, 7)), torch.ones(2, 7, dtype=torch.long)
+    mask[0, :3], cache = 0, TransnormerCache(base.config.decoder_layers)
     arguments = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": NEVER, **settings}
-    whole = base.generate(prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, **arguments)
-    assert masks == [(2, 7), None, None, None]
+    whole = base.generate(prompt, attention_mask=mask, past_key_values=cache, **arguments)
+    assert masks == [(2 * settings.get("num_beams", 1), 7), None, None, None]
     if not settings:  # a call's own tokens are held against its mask, be it a single one
-        base.generate(whole, attention_mask=torch.ones_like(whole), past_key_values=cache, **arguments)
+        base.generate(whole, attention_mask=torch.cat([mask, torch.ones(2, 4, dtype=torch.long)], 1), past_key_values=cache, **arguments)
         assert masks[4:] == [(2, 11), None, None, None]
 
 

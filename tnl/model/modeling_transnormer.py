@@ -266,12 +266,10 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = TransnormerCache(self.config.decoder_layers)
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
-    ) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """What generate() hands to forward; a token that it has drawn is real, and needs no mask that the host would wait for."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)  # type: ignore[misc]
-        drawn = not is_first_iteration and inputs.get("past_key_values") is not None
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
+        drawn = not kwargs.get("is_first_iteration") and inputs.get("past_key_values") is not None
         if drawn and inputs["input_ids"].shape[1] == 1:
             inputs.pop("attention_mask", None)
         return inputs
