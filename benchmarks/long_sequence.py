@@ -28,7 +28,7 @@ from tnl.model.stream import prefill, token_losses
 from tnl.recipe.sections import LoraSection
 from tnl.train import lora
 from tnl.train.long_sequence import streamed_backward
-from tnl.train.step import Rows, causal_lm, enable_checkpointing, forward_backward, head_loss
+from tnl.train.step import Rows, enable_checkpointing, forward_backward, head_loss
 
 RECIPE = """
 model: {{path: {model}, dtype: bfloat16}}
@@ -63,7 +63,7 @@ def agreement(folder: Path, lengths: list[int], segment: int) -> list[dict[str, 
                         p.copy_(0.02 * torch.randn(p.shape, generator=generator))
             enable_checkpointing(model)
             if name == "streamed":
-                loss = partial(head_loss, causal_lm(model).get_output_embeddings(), rows=Rows(length))
+                loss = partial(head_loss, model, rows=Rows(length))
                 streamed_backward(model, collate_rows([record]), segment, loss, supervised=length - 1, mode="lean")
             else:
                 forward_backward(model, Rows(length), [record], length - 1)

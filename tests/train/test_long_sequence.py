@@ -52,8 +52,7 @@ PACKED = [make_record(n, i) for i, n in enumerate((1, 63, 64, 5, 7))]  # edges o
 
 
 def loss_of(model: nn.Module) -> Any:
-    base: Any = getattr(model, "get_base_model", lambda: model)()
-    return partial(head_loss, base.get_output_embeddings(), rows=Rows(1, chunk=11))
+    return partial(head_loss, model, rows=Rows(1, chunk=11))
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

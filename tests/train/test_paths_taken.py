@@ -8,8 +8,8 @@ from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.recipe.sections import LoraSection
 from tnl.train import lora
-from tnl.train.paths_taken import paths_taken, words
-from tnl.train.step import Rows
+from tnl.train.paths_taken import paths_taken, why_eager, words
+from tnl.train.step import Rows, alone
 
 SIZES = {"vocab_size": 50, "decoder_embed_dim": 16, "hidden_dim": 16, "decoder_layers": 2, "decoder_attention_heads": 2, "glu_dim": 24}
 
@@ -24,7 +24,7 @@ def make(section: LoraSection | None, backend: str) -> nn.Module:
 def test_the_fast_path() -> None:
     pytest.importorskip("triton")
     line = words(paths_taken(make(LoraSection(), "triton"), Rows(100)))
-    assert line == "computed: attention Triton; LoRA fused; loss in chunks of 1024; rows packed"
+    assert line == "computed: attention Triton; LoRA fused; loss in chunks of 1024; rows packed; step in CUDA graphs"
 
 
 def test_the_option_that_leaves_it_is_named() -> None:
@@ -41,4 +41,22 @@ def test_without_triton(section: LoraSection | None, form: str) -> None:
         "lora": form,
         "loss": "by the head's own forward",
         "rows": "padded, 4 records at once",
+        "step": "in CUDA graphs",
     }
+
+
+@pytest.mark.parametrize(
+    ("section", "rows", "wanted", "said"),
+    [
+        (LoraSection(), Rows(100), False, "train.cuda_graphs is false"),
+        (LoraSection(), Rows(100, padded=4), True, "records are padded"),
+        (LoraSection(), Rows(100, label_smoothing=0.1), True, "a part falls to a form of its own"),
+        (LoraSection(use_dora=True), Rows(100), True, "a part falls to a form of its own"),
+        (LoraSection(), Rows(100), True, "there is no GPU"),
+    ],
+)
+def test_why_a_step_is_not_recorded(section: LoraSection, rows: Rows, wanted: bool, said: str) -> None:
+    pytest.importorskip("triton")
+    model = make(section, "triton")
+    assert why_eager(model, rows, alone(model), wanted) == said
+    assert words(paths_taken(model, rows, said)).endswith(f"step eager, since {said}")

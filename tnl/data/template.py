@@ -15,8 +15,8 @@ from typing import Any, Protocol
 from tnl.data.guard import Segment, guard_for
 from tnl.data.messages import Message, Role
 from tnl.errors import DataError
+from tnl.kernels.reference import IGNORED
 
-IGNORED = -100
 RULES = "1: parts apart, answer apart, end token after every answer, loss on answers and their end tokens"
 
 

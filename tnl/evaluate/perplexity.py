@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from tnl.data.collate import collate_rows
 from tnl.data.packing import pack
+from tnl.data.template import IGNORED
 from tnl.errors import DataError, MemoryBudgetError, NumbersError
 from tnl.model import stream
 
-IGNORED = -100
 SMALLEST_BUDGET = 64
 """Tokens: shorter rows than this are not tried when memory runs out."""
 
@@ -64,7 +64,11 @@ def count_supervised(record: Mapping[str, Any]) -> int:
 
 def hidden_states(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> Tensor:
     """The final hidden states of a batch, flattened to [B T, D]; the head is left to the caller."""
-    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "position_ids", "dropout_keys") if name in batch}
+    inputs = {
+        name: stream.to_device(batch[name], device)
+        for name in ("input_ids", "attention_mask", "position_ids", "dropout_keys")
+        if name in batch
+    }
     return causal_lm(model).model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
 
 

@@ -22,6 +22,7 @@ from tnl.generate.prefixes import State
 from tnl.generate.request import Logprob
 from tnl.generate.slots import Slots, copy_states, forward
 from tnl.kernels import dispatch, draw
+from tnl.kernels.graphs import Graphs
 from tnl.kernels.reference import Projection
 from tnl.model.layer import Rows
 
@@ -30,46 +31,6 @@ SIZES = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 RING = 4
 """Buffers that copies under way may be in."""
 BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))
-
-
-class Graphs:
-    """CUDA graphs of functions of static tensors; elsewhere than on a GPU the functions are just called.
-
-    One stream and one memory pool for all: they run one after another, so that they may share what they work in. What a function does
-    has to do no harm when it is recorded.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.known: dict[tuple[Any, ...], tuple[Callable[[], Any], Tensor]] = {}
-        """Key -> how to run it, and where its result is."""
-        if device.type == "cuda":
-            self.stream = torch.cuda.Stream(device)
-            self.pool = torch.cuda.graph_pool_handle()
-
-    def run(self, key: tuple[Any, ...]) -> Tensor:
-        """Run what `prepare` has recorded under the key."""
-        replay, out = self.known[key]
-        found = replay()
-        return out if found is None else found
-
-    def prepare(self, key: tuple[Any, ...], body: Callable[[], Tensor]) -> None:
-        """Record the function: run twice before, since kernels are compiled and chosen then."""
-        if key in self.known:
-            return
-        if self.device.type != "cuda":
-            self.known[key] = body, torch.empty(0)
-            return
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            body()
-            body()
-        torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        graph = torch.cuda.CUDAGraph()
-        # other threads (loading an adapter) may allocate meanwhile
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            out = body()
-        self.known[key] = graph.replay, out
 
 
 class Uploads:

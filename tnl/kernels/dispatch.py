@@ -49,7 +49,7 @@ class NormGlu(Protocol):
 
 
 class Ops(NamedTuple):
-    """The five operations of a layer, in one backend's form; what one hands the next is theirs alone."""
+    """The five operations of a layer and the loss, in one backend's form; what one operation hands the next is theirs alone."""
 
     backend: str
     norm_qkvu: NormProject
@@ -57,6 +57,8 @@ class Ops(NamedTuple):
     out_residual: ProjectResidual
     norm_glu: NormGlu
     l3_residual: ProjectResidual
+    cross_entropy_: Callable[[Tensor, Tensor], Tensor] = reference.cross_entropy_
+    """logits, targets -> loss; logits become the gradient."""
 
 
 REFERENCE = Ops(
@@ -87,7 +89,7 @@ def ops(backend: str = "auto", device: torch.device | str = "cpu", dtype: torch.
         log.warning("kernels: reference, for Triton's cannot run here: %s", hindrance)
         return REFERENCE
     # triton is there on Linux alone, and importing its kernels takes a second
-    from tnl.kernels import triton_ops
+    from tnl.kernels import cross_entropy, triton_ops
 
     log.info("kernels: triton")
     return Ops(
@@ -97,6 +99,7 @@ def ops(backend: str = "auto", device: torch.device | str = "cpu", dtype: torch.
         triton_ops.out_residual,
         triton_ops.norm_glu,
         triton_ops.l3_residual,
+        cross_entropy.cross_entropy_,
     )
 
 

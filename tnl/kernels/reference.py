@@ -18,6 +18,9 @@ from torch import Tensor
 
 from tnl.kernels.lora import Draw, project
 
+IGNORED = -100
+"""A target that is not learned."""
+
 Projection = Callable[[Tensor], Tensor]
 
 
@@ -267,3 +270,13 @@ def norm_glu(x: Tensor, norm: Projection, l1: Projection, l2: Projection, draw: 
 def l3_residual(x: Tensor, l3: Projection, residual: Tensor, draw: Draw | None = None) -> Tensor:
     """[B, T, glu_dim] to residual + l3(x), [B, T, D]."""
     return residual + project(l3, x, draw, 4)
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the cross entropies of logits [M, V] against targets [M] (IGNORED: 0), float32 or wider; logits become its gradient."""
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    learned, at = targets != IGNORED, targets.clamp(min=0)[:, None]
+    losses = (exact.logsumexp(-1) - exact.gather(1, at)[:, 0]) * learned
+    grad = exact.softmax(-1).scatter_add_(1, at, exact.new_full(at.shape, -1.0))
+    logits.copy_(grad.mul_(learned[:, None]))
+    return losses.sum()

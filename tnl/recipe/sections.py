@@ -111,6 +111,8 @@ class TrainSection(TrainingFields):
     """A longer row is computed in segments of so many tokens, in constant memory and with the gradients of one pass; null: if it must."""
     state_offload: Literal["auto", "gpu", "host"] = "auto"
     """Where the states between segments wait; auto is the host beside a GPU, and computes some again where memory is short."""
+    cuda_graphs: bool = True
+    """On a GPU, record a step's launches once for each length of row and start them at once; the log says where it cannot be."""
     logging_steps: int | float = Field(10, gt=0)
     """Steps between two lines of metrics.jsonl."""
     logging_nan_inf_filter: bool = False
@@ -147,7 +149,7 @@ class TrainSection(TrainingFields):
         return given(self)
 
 
-NOT_TRANSFORMERS = ("min_steps", "early_stopping_patience", "segment_length", "state_offload")
+NOT_TRANSFORMERS = ("min_steps", "early_stopping_patience", "segment_length", "state_offload", "cuda_graphs")
 """Keys of the train section that TrainingArguments does not have."""
 
 

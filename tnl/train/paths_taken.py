@@ -8,11 +8,13 @@ from torch import nn
 
 from tnl.evaluate.perplexity import causal_lm
 from tnl.kernels.lora import hindrance
+from tnl.train.engines import Engine
+from tnl.train.graphed import why_not
 from tnl.train.step import Rows, plain_head
 
 
-def paths_taken(model: nn.Module, rows: Rows) -> dict[str, str]:
-    """Part -> form: attention, lora, loss, rows."""
+def paths_taken(model: nn.Module, rows: Rows, eager: str = "") -> dict[str, str]:
+    """Part -> form: attention, lora, loss, rows, step. eager: why the step is not recorded in CUDA graphs (`why_eager`)."""
     base: Any = causal_lm(model)
     hindrances = [hindrance(module) for module in adapters(model)]
     outside = Counter(why for why in hindrances if why)
@@ -28,7 +30,22 @@ def paths_taken(model: nn.Module, rows: Rows) -> dict[str, str]:
         "lora": lora,
         "loss": f"in chunks of {rows.chunk}" if plain_head(base.get_output_embeddings(), rows) else "by the head's own forward",
         "rows": "packed" if rows.padded is None else f"padded, {rows.padded} records at once",
+        "step": f"eager, since {eager}" if eager else "in CUDA graphs",
     }
+
+
+def why_eager(model: nn.Module, rows: Rows, engine: Engine, wanted: bool) -> str:
+    """What keeps a run's steps from being CUDA graphs, or an empty string."""
+    if not wanted:
+        return "train.cuda_graphs is false"
+    if engine.crew.size > 1:
+        return "several processes train"
+    if rows.padded is not None:
+        return "records are padded"
+    paths = paths_taken(model, rows)
+    if paths["lora"] != "fused" or not plain_head(causal_lm(model).get_output_embeddings(), rows):
+        return "a part falls to a form of its own"
+    return why_not(model)
 
 
 def adapters(model: nn.Module) -> Iterator[nn.Module]:
@@ -39,4 +56,4 @@ def adapters(model: nn.Module) -> Iterator[nn.Module]:
 
 def words(paths: dict[str, str]) -> str:
     """One line."""
-    return f"computed: attention {paths['attention']}; LoRA {paths['lora']}; loss {paths['loss']}; rows {paths['rows']}"
+    return "computed: " + "; ".join(f"{part.replace('lora', 'LoRA')} {form}" for part, form in paths.items())

@@ -34,9 +34,10 @@ from tnl.run_dir import RunDir, fingerprint, open_run
 from tnl.storage import staged, storage
 from tnl.train import arguments, callbacks, checkpoint, engine_choice, lora, order, plan, segments, together
 from tnl.train.engines import Engine
-from tnl.train.paths_taken import paths_taken, words
+from tnl.train.graphed import Graphed
+from tnl.train.paths_taken import paths_taken, why_eager, words
 from tnl.train.signals import StopSignals
-from tnl.train.step import Rows
+from tnl.train.step import ROUND, Rows
 from tnl.train.trainer import TnlTrainer
 
 console = Console(highlight=False, soft_wrap=True)
@@ -195,6 +196,7 @@ def plan_rows(recipe: Recipe, base: Base, data: Dataset, memory: float | None, e
     padded = recipe.train.per_device_train_batch_size if recipe.data.packing == "none" else None
     rows = Rows(budget, padded, label_smoothing=recipe.train.label_smoothing_factor, say=say)
     rows.segment_length, rows.offload = layout.segment_length, recipe.train.state_offload
+    rows.multiple = ROUND if base.device.type == "cuda" else 1
     return rows
 
 
@@ -203,7 +205,9 @@ def first_words(
 ) -> tuple[list[generation.Sample], list[list[int]]]:
     """Say where the run starts, and answer its questions before training; ends where a signal has come."""
     crew, work = trainer.engine.crew, trainer.run
-    paths = paths_taken(trainer.net, trainer.rows)
+    eager = why_eager(trainer.net, trainer.rows, trainer.engine, recipe.train.cuda_graphs)
+    trainer.graphed = None if eager else Graphed(trainer.net)
+    paths = paths_taken(trainer.net, trainer.rows, eager)
     say(words(paths))
     if line := engine_choice.words(trainer.engine):
         say(line)

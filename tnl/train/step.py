@@ -6,7 +6,7 @@ or padded give the same gradients within float error, and so does a last step of
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tnl.data.collate import collate_padded, collate_rows
 from tnl.data.packing import pack
+from tnl.data.template import IGNORED
 from tnl.errors import DataError, MemoryBudgetError
 from tnl.evaluate.perplexity import (
     SMALLEST_BUDGET,
@@ -30,11 +31,15 @@ from tnl.evaluate.perplexity import (
     supervised_positions,
 )
 from tnl.kernels.linear_cross_entropy import linear_cross_entropy
+from tnl.model.stream import to_device
 from tnl.train.crew import Crew
 from tnl.train.engines import Engine
+from tnl.train.graphed import Graphed
 from tnl.train.long_sequence import streamed_backward
 from tnl.train.state_store import Offload
 
+ROUND = 64
+"""Tokens: on a GPU rows are filled up to a multiple of it."""
 SHORTEST_SEGMENT = 256
 """Tokens: shorter segments than this are not tried when memory runs out."""
 
@@ -55,6 +60,9 @@ class Rows:
     """A row of more tokens is computed in segments; None: every row is whole."""
     offload: Offload = "auto"
     """Where the states between segments wait."""
+    multiple: int = 1
+    """Whole rows are filled up to a multiple of so many tokens (ROUND on a GPU), and their supervised positions to one of four times as
+    many: few shapes, whose products are quick and whose CUDA graphs come again."""
     say: Callable[[str], None] = print
 
     def state(self, model: nn.Module) -> dict[str, Any]:
@@ -72,10 +80,21 @@ class Rows:
     def batches(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Tensor]]:
         """The rows as tensors on the CPU."""
         if self.padded is None:
-            return [collate_rows(row) for row in pack(records, self.budget)]
+            return [self.collate(row) for row in pack(records, self.budget)]
         whole = [record for record in records if not self.streams(len(record["input_ids"]))]
         long = [collate_rows([record]) for record in records if self.streams(len(record["input_ids"]))]
         return long + [collate_padded(whole[i : i + self.padded], self.pad_id) for i in range(0, len(whole), self.padded)]
+
+    def collate(self, row: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """A packed row; one that is computed in segments is not filled up."""
+        whole = not self.streams(sum(len(record["input_ids"]) for record in row))
+        return collate_rows(row, multiple=self.multiple if whole else 1, pad_id=self.pad_id)
+
+    def supervised(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """supervised_positions, filled up with targets that are ignored; both empty where there are none."""
+        index, targets = supervised_positions(batch)
+        fill = (0, -len(index) % (4 * self.multiple)) if self.multiple > 1 else (0, 0)
+        return F.pad(index, fill), F.pad(targets, fill, value=IGNORED)
 
     def idle(self) -> dict[str, Tensor]:
         """A row that teaches nothing, for a process that must compute as many as the others."""
@@ -122,11 +141,17 @@ class StepResult:
 
 
 def step(
-    model: nn.Module, records: Sequence[dict[str, Any]], rows: Rows, seed: int | None = None, engine: Engine | None = None
+    model: nn.Module,
+    records: Sequence[dict[str, Any]],
+    rows: Rows,
+    seed: int | None = None,
+    engine: Engine | None = None,
+    graphed: Graphed | None = None,
 ) -> StepResult:
     """Add the gradients of one optimizer step to the parameters, which had none.
 
     engine: where several processes train together, each computes its share; loss and gradients are those of all records.
+    graphed: computes rows as CUDA graphs; None: eagerly.
     seed: where the step's random numbers start, so that a repeated step repeats them; an adapter's dropout masks are a function of it,
     of the record's id and of the token's position in the record, however rows are laid out. Reads nothing from the device.
     Raises DataError where no token is supervised, MemoryBudgetError where even the smallest rows do not fit.
@@ -143,7 +168,7 @@ def step(
             seed_all(seed)
         total, count, failed = torch.zeros((), device=engine.device), 0, False
         try:
-            total, count = forward_backward(model, rows, mine, supervised, engine)
+            total, count = forward_backward(model, rows, mine, supervised, engine, graphed)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or engine.sharded:
                 raise
@@ -153,8 +178,11 @@ def step(
         if not failed:
             break
         model.zero_grad(set_to_none=True)
+        spared = graphed is not None and graphed.give_up()
         release_memory()
-        if not rows.shrink(model, records):
+        if spared:
+            rows.say("out of memory: from now on without CUDA graphs, whose memory is free again; the gradients stay the same")
+        elif not rows.shrink(model, records):
             raise MemoryBudgetError("", *too_large(records))
     return StepResult(total, sum(len(record["input_ids"]) for record in records), supervised, count)
 
@@ -165,46 +193,57 @@ def alone(model: nn.Module) -> Engine:
 
 
 def forward_backward(
-    model: nn.Module, rows: Rows, records: Sequence[dict[str, Any]], supervised: int, engine: Engine | None = None
+    model: nn.Module,
+    rows: Rows,
+    records: Sequence[dict[str, Any]],
+    supervised: int,
+    engine: Engine | None = None,
+    graphed: Graphed | None = None,
 ) -> tuple[Tensor, int]:
     """Row by row: each row's graph is gone before the next begins. Returns these records' part of the loss and how many rows there were."""
     engine = engine or alone(model)
-    device, share = engine.device, supervised / engine.scale
-    total = torch.zeros((), device=device)
+    device, share = engine.device, torch.tensor(supervised / engine.scale)
+    total, share_there = torch.zeros((), device=device), to_device(share, device)
     batches = rows.batches(records)
     passes = engine.passes(len(batches))
     batches += [rows.idle() for _ in range(passes - len(batches))]
     for number, batch in enumerate(batches, start=1):
         if len(batch["input_ids"]) == 1 and rows.streams(batch["input_ids"].shape[1]):
-            total += streamed(model, batch, rows, share).float()
+            total += streamed(model, batch, rows, float(share)).float()
             continue
-        index, targets = supervised_positions(batch)
-        if len(targets) or engine.sharded:
-            compute = partial(row_loss, model, batch, index.to(device), targets.to(device), rows)
-            total += engine.run(model, lambda compute=compute: compute() / share, number == passes).float()  # type: ignore[misc]
+        index, targets = rows.supervised(batch)
+        if not len(targets) and not engine.sharded:
+            continue
+        loss = partial(row_loss, model, rows)
+        value = None if graphed is None else graphed.run(batch, index, targets, share, loss)
+        if value is None:
+            compute = partial(loss, batch, to_device(index, device), to_device(targets, device))
+            value = engine.run(model, lambda compute=compute: compute() / share_there, number == passes)  # type: ignore[misc]
+        total += value.float()
     return total / engine.scale, len(batches)
 
 
-def row_loss(model: nn.Module, batch: dict[str, Tensor], index: Tensor, targets: Tensor, rows: Rows) -> Tensor:
-    """Sum of the token losses of one batch; index [M]: which of its positions predict targets [M]."""
-    head = causal_lm(model).get_output_embeddings()
-    return head_loss(head, hidden_states(model, batch, index.device)[index], targets, rows)
+def row_loss(model: nn.Module, rows: Rows, batch: dict[str, Tensor], index: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the token losses of one batch; index [M]: which of its positions predict targets [M], -100 where a target is ignored."""
+    return head_loss(model, hidden_states(model, batch, index.device).index_select(0, index), targets, rows)
 
 
 def streamed(model: nn.Module, batch: dict[str, Tensor], rows: Rows, supervised: float) -> Tensor:
     """`forward_backward` of one row in segments; with gradient checkpointing on, layers are recomputed inside them."""
-    loss = partial(head_loss, causal_lm(model).get_output_embeddings(), rows=rows)
+    loss = partial(head_loss, model, rows=rows)
     mode, length = "lean" if checkpoints(model) else "fast", rows.segment_length or SHORTEST_SEGMENT
     return streamed_backward(model, batch, length, loss, supervised=supervised, offload=rows.offload, mode=mode)  # type: ignore[arg-type]
 
 
-def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, rows: Rows) -> Tensor:
+def head_loss(model: nn.Module, hidden: Tensor, targets: Tensor, rows: Rows) -> Tensor:
     """Sum of the cross entropies of hidden [M, D] against targets [M], chunk by chunk.
 
     A plain head goes through the kernel; one that an adapter wraps, or a smoothed loss, through the module itself.
     """
+    base = causal_lm(model)
+    head = base.get_output_embeddings()
     if plain_head(head, rows):
-        return linear_cross_entropy(hidden, head.weight, targets, rows.chunk)  # type: ignore[arg-type]
+        return linear_cross_entropy(hidden, head.weight, targets, rows.chunk, base.model.ops.cross_entropy_)
     total = hidden.new_zeros((), dtype=torch.float32)
     for x, t in zip(hidden.split(rows.chunk), targets.split(rows.chunk)):
         total = total + checkpoint(module_loss, head, x, t, rows.label_smoothing, use_reentrant=False)  # type: ignore[operator]

@@ -20,6 +20,7 @@ from tnl.run_dir import RunDir, check_checkpoint, rotate
 from tnl.storage import require_space, staged
 from tnl.train import checkpoint
 from tnl.train.arguments import Settings
+from tnl.train.graphed import Graphed
 from tnl.train.guard import Guard
 from tnl.train.lora import count_parameters
 from tnl.train.order import Batch, StepSampler
@@ -78,6 +79,7 @@ class TnlTrainer(Trainer):
         self.settings, self.rows, self.stop_requested = settings, rows, stop_requested
         self.run = RunDir(Path(str(args.output_dir)))
         self.engine = alone(model)
+        self.graphed: Graphed | None = None
         self.stop: StopSignals | None = None
         self.guard = Guard(model)
         trained, everything = count_parameters(model)
@@ -133,7 +135,7 @@ class TnlTrainer(Trainer):
         if not self.net.training:
             self.net.train()
         self.optimizer_mode("train")
-        result = step(self.net, inputs.records, self.rows, self.step_seed, self.engine)
+        result = step(self.net, inputs.records, self.rows, self.step_seed, self.engine, self.graphed)
         self.guard.check(result, inputs, self.optimizer, self.state.global_step + 1, self.loss_of)
         self.heed_signals()
         self.supervised += result.supervised

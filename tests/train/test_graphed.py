@@ -1,0 +1,115 @@
+"""The graphed form of a step against the eager one: what is recorded on a GPU is called on a CPU."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tnl.model.configuration_transnormer import TransnormerConfig
+from tnl.model.modeling_transnormer import TransnormerForCausalLM
+from tnl.recipe.sections import LoraSection
+from tnl.train import graphed as graphed_form
+from tnl.train import lora
+from tnl.train.graphed import Graphed, why_not
+from tnl.train.step import Rows, enable_checkpointing, step
+
+SIZES = {"vocab_size": 50, "decoder_embed_dim": 16, "hidden_dim": 16, "decoder_layers": 2, "decoder_attention_heads": 2, "glu_dim": 24}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def make(device: str, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    base = TransnormerForCausalLM(TransnormerConfig(**SIZES, linear_use_lrpe_list=[1, 0]))
+    model = lora.attach(base, LoraSection(r=4, lora_dropout=0.2, **options), "recipe.yaml", 1, lambda line: None)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.1)
+    model = model.to(device).train()
+    model.get_base_model().model.pick_kernels("triton" if device == "cuda" else "reference")
+    return model
+
+
+def record(length: int, number: int) -> dict[str, Any]:
+    ids = torch.randint(3, 50, (length,), generator=torch.Generator().manual_seed(number)).tolist()
+    return {"id": f"r{number}", "input_ids": ids, "labels": [-100] * (length // 3) + ids[length // 3 :]}
+
+
+STEPS = [
+    [record(n, 10 * i + j) for j, n in enumerate(lengths)] for i, lengths in enumerate([(9, 20, 5), (11, 19), (8, 24, 3), (4,), (30,)])
+]
+
+
+def steps_of(model: nn.Module, rows: Rows, graphed: Graphed | None) -> list[tuple[float, list[torch.Tensor]]]:
+    """Loss and gradients of some steps, gradients dropped between them as Trainer does."""
+    found = []
+    for number, records in enumerate(STEPS):
+        loss = step(model, records, rows, seed=number, graphed=graphed).loss
+        found.append((float(loss), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+        model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("budget", [1000, 24], ids=["one row a step", "several rows a step"])
+def test_graphs_give_the_bits_of_the_eager_form(device: str, budget: int) -> None:
+    rows = Rows(budget, multiple=16)
+    eager = steps_of(make(device), rows, None)
+    model = make(device)
+    graphed = Graphed(model)
+    found = steps_of(model, rows, graphed)
+    assert len(graphed.graphs.known) == 2
+    for (loss, grads), (other, others) in zip(found, eager):
+        assert loss == other and len(grads) == len(others) > 0
+        assert all(torch.equal(a, b) for a, b in zip(grads, others))
+
+
+def test_rows_filled_up_teach_the_same() -> None:
+    model = make("cpu")
+    for (loss, grads), (other, others) in zip(steps_of(model, Rows(1000), None), steps_of(model, Rows(1000, multiple=16), None)):
+        assert loss == pytest.approx(other, rel=1e-5)
+        for a, b in zip(grads, others):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_shapes_beyond_the_most_stay_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphed_form, "MOST", 0)
+    model = make("cpu")
+    graphed = Graphed(model)
+    steps_of(model, Rows(1000, multiple=16), graphed)
+    assert not graphed.graphs.known and graphed.seen
+
+
+def test_memory_that_runs_out_costs_the_graphs_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, lines = make("cpu"), list[str]()
+    graphed, rows = Graphed(model), Rows(1000, multiple=16, say=lines.append)
+    steps_of(model, rows, graphed)
+    run, fails = Graphed.run, [True]
+
+    def out_of_memory(self: Graphed, *args: Any) -> torch.Tensor | None:
+        if fails.pop() if fails else False:
+            raise torch.OutOfMemoryError("out of memory")
+        return run(self, *args)
+
+    monkeypatch.setattr(Graphed, "run", out_of_memory)
+    expected = steps_of(make("cpu"), Rows(1000, multiple=16), None)
+    found = steps_of(model, rows, graphed)
+    assert [loss for loss, _ in found] == [loss for loss, _ in expected]
+    assert lines == ["out of memory: from now on without CUDA graphs, whose memory is free again; the gradients stay the same"]
+    assert rows.budget == 1000 and not graphed.on
+
+
+def test_what_cannot_be_recorded_is_named() -> None:
+    model = make("cpu")
+    assert why_not(model) == "there is no GPU"
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_recorded_on_a_gpu_is_named() -> None:
+    model = make("cuda")
+    assert why_not(model) == ""
+    hook = model.get_base_model().model.embed_tokens.register_forward_hook(lambda *args: None)
+    assert "embed_tokens has a hook" in why_not(model)
+    hook.remove()
+    enable_checkpointing(model)
+    assert why_not(model) == "layers are recomputed"
