@@ -34,7 +34,7 @@ generation: {{max_new_tokens: 8}}
 """
 # name: format, records a batch, batches a step, tokens a record, steps, recomputation
 WORK = {
-    "Huanhuan, 4 x 4": ("alpaca", 4, 4, 384, 60, "false"),
+    "Huanhuan, 4 x 4": ("alpaca", 4, 4, 384, 144, "false"),
     "1 x 2,048": ("text", 1, 1, 2048, 40, "false"),
     "4 x 384": ("text", 4, 1, 384, 60, "false"),
     "1 x 8,192": ("text", 1, 1, 8192, 15, "false"),
