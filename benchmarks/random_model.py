@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tnl.generate.adapters import LAYER
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import Lrpe, TransnormerForCausalLM
 
@@ -69,6 +70,23 @@ def in_memory(size: str, device: str, dtype: torch.dtype, *, layers: int | None 
             module.reset_parameters()
     model.model.backend = backend
     return model.to(device).eval().requires_grad_(False)
+
+
+def prompt(length: int, seed: int) -> tuple[int, ...]:
+    """Random ids, no two prompts alike."""
+    return tuple(torch.randint(3, PIECES, (length,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+def random_adapter(model: Any, seed: int, rank: int = 8) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module -> A [rank, in] and B [out, rank] for every projection of every layer."""
+    generator, matrices = torch.Generator("cpu").manual_seed(seed), {}
+    for layer in range(model.config.decoder_layers):
+        for name, part in LAYER.items():
+            module = f"model.layers.{layer}.{part}.{name}"
+            N, K = model.get_submodule(module).weight.shape
+            a, b = (torch.randn(shape, generator=generator) * 0.04 for shape in ((rank, K), (N, rank)))
+            matrices[module] = a, b
+    return matrices
 
 
 def write(size: str, folder: Path, *, pickled: bool = False, seed: int = 0) -> Path:

@@ -3,7 +3,7 @@
     python benchmarks/serving.py
 
 The server is `tnl serve`'s, in this process; the clients are another process with plain sockets. Random weights of the 7B's shapes,
-greedy answers without end. No figure without decoding.py's parity (`--no-parity` for tuning).
+greedy answers without end. No figure unless the engine says in full batches what the references say (`--no-parity` for tuning).
 """
 
 import argparse
@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decoding import parity, prompt, rate
-from random_model import TOKENIZER, in_memory
+from decoding import rate
+from decoding_parity import Forms, texts
+from parts import table
+from random_model import TOKENIZER, in_memory, prompt
 
 from tnl.data.template import TEMPLATES
 from tnl.generate.adapters import Adapters
@@ -108,40 +110,51 @@ def served(engine: Engine, streams: int, seconds: float) -> tuple[float, list[li
     return drawn / (end - begin), times, (begin, end)
 
 
+GOALS = {"lost to HTTP and scheduling, 128 streams": (0.05, True)}
+"""Issue 6's, for one H100."""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="7b", help="a size of random_model.py")
     parser.add_argument("--streams", type=int, default=128)
-    parser.add_argument("--seconds", type=float, default=25, help="how long the clients listen, their coming included")
+    parser.add_argument("--seconds", type=float, default=20, help="how long the clients listen, their coming included")
     parser.add_argument("--no-parity", action="store_true")
-    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
+    parser.add_argument("--out", type=Path, help="a JSON file for the figures, written as they come")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = BaiChuanTokenizer.from_pretrained(TOKENIZER)
-    if not options.no_parity and (complaints := parity(options.model, device, tokenizer)):
+    if not options.no_parity and (complaints := Forms(options.model, device, tokenizer).slots((options.streams,)) + texts(device)):
         print("PARITY FAILS; no figure is printed:", *complaints, sep="\n  ")
         return 1
     gc.collect()  # graphs and engines of the parity check, which hold one another
-    model = in_memory(options.model, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    model = in_memory(options.model, device, torch.bfloat16 if device == "cuda" else torch.float32, backend="triton")
     engine = Engine(model, tokenizer, adapters=Adapters(model), slots=options.streams, prefix_bytes=0, queue=2 * options.streams)
     engine.warm()
+    figures: dict[str, float] = {}
+
+    def say(**found: float) -> None:
+        figures.update(found)
+        if options.out:
+            options.out.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+
+    print(f"{torch.cuda.get_device_name() if device == 'cuda' else 'CPU'}, torch {torch.__version__}, {options.streams} streams")
     alone, graph = rate(engine, options.streams, 3.0)
+    print(f"engine alone {alone:.0f} tok/s (graph {graph:.0f})", flush=True)
+    say(engine=alone, graph=graph)
     through, times, (begin, end) = served(engine, options.streams, options.seconds)
     gaps = [b - a for one in times for a, b in pairwise(one) if begin <= a and b <= end]
     heard = sum(begin <= one <= end for stream in times for one in stream) / (end - begin)
     ordered = sorted(gaps)
     p99 = ordered[int(len(ordered) * 0.99)] * 1e3
-    print(f"{torch.cuda.get_device_name() if device == 'cuda' else 'CPU'}, torch {torch.__version__}, {options.streams} streams")
-    print(
-        f"engine alone {alone:.0f} tok/s (graph {graph:.0f}); served {through:.0f} tok/s: lost {1 - through / alone:.1%}; goal at most 5%"
-    )
+    print(f"served {through:.0f} tok/s: lost {1 - through / alone:.1%}")
     print(f"clients heard {heard:.0f} pieces a second (a character of several bytes is one piece)")
     print(
         f"gap between a stream's pieces: median {statistics.median(gaps) * 1e3:.1f} ms, p99 {p99:.1f} ms, worst {ordered[-1] * 1e3:.1f} ms"
     )
-    if options.out:
-        row = {"engine": alone, "graph": graph, "served": through, "heard": heard, "p99_ms": p99}
-        options.out.write_text(json.dumps(row), encoding="utf-8")
+    say(served=through, heard=heard, p99_ms=p99, lost=1 - through / alone)
+    if options.streams == 128:
+        print(table({next(iter(GOALS)): 1 - through / alone}, GOALS))
     return 0
 
 
