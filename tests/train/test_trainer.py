@@ -125,6 +125,7 @@ def nan_gradient(trainer: TnlTrainer, step: int) -> None:
     trainer.guard.parameters[1][1].register_hook(lambda grad: grad * float("nan"))
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "while the next step is computed"])
 @pytest.mark.parametrize(
     ("harm", "named", "at"),
     [
@@ -136,8 +137,9 @@ def nan_gradient(trainer: TnlTrainer, step: int) -> None:
         (nan_state, "optimizer state", 2),  # the optimizer keeps nothing before its first update
     ],
 )
-def test_a_number_that_is_not_finite_stops_before_the_update(tmp_path: Path, harm: Any, named: str, at: int) -> None:
-    trainer = make(tmp_path, save_steps=1, eval_steps=1000)
+def test_a_number_that_is_not_finite_stops_before_the_update(tmp_path: Path, harm: Any, named: str, at: int, late: bool) -> None:
+    trainer = make(tmp_path, save_steps=1000 if late else 1, eval_steps=1000)
+    trainer.guard.late = late
     real, weights = trainer.training_step, {}
 
     def harmed(model: nn.Module, inputs: Any, count: Any = None) -> Any:

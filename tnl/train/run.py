@@ -142,6 +142,8 @@ def prepare(recipe: Recipe, memory: float | None = None, *, weights: bool = True
     device = together.own_device(pick_device("cpu" if recipe.train.use_cpu else "auto"))
     # read when cuBLAS first runs: the same recipe gives the same bits on a GPU too
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # read when memory is first taken: rows of many lengths, and their graphs, leave no holes
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if memory is not None:
         plan.cap(device, memory)
     wanted = recipe.model.dtype

@@ -61,7 +61,7 @@ class Rows:
     offload: Offload = "auto"
     """Where the states between segments wait."""
     multiple: int = 1
-    """Whole rows are filled up to a multiple of so many tokens (ROUND on a GPU), and their supervised positions to one of four times as
+    """Whole rows are filled up to a multiple of so many tokens (ROUND on a GPU), and their supervised positions to one of eight times as
     many: few shapes, whose products are quick and whose CUDA graphs come again."""
     say: Callable[[str], None] = print
 
@@ -93,7 +93,7 @@ class Rows:
     def supervised(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """supervised_positions, filled up with targets that are ignored; both empty where there are none."""
         index, targets = supervised_positions(batch)
-        fill = (0, -len(index) % (4 * self.multiple)) if self.multiple > 1 else (0, 0)
+        fill = (0, -len(index) % (8 * self.multiple)) if self.multiple > 1 else (0, 0)
         return F.pad(index, fill), F.pad(targets, fill, value=IGNORED)
 
     def idle(self) -> dict[str, Tensor]:

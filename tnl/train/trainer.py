@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class TnlTrainer(Trainer):
     - get_train_dataloader: the order is a function of seed and epoch (order.py); a batch is the plain records of one optimizer step.
     - get_batch_samples: randomness is seeded by seed and step before the step's records are fetched, so a resumed run repeats it;
       _save_rng_state and _load_rng_state have nothing left to do.
-    - training_step: step.py, then guard.py: one flag is read, before the optimizer's update (loss, gradients, optimizer state finite).
+    - training_step: step.py, then guard.py: one flag (loss, gradients, optimizer state finite) decides on the optimizer's update.
     - _wrap_model: engines.py puts DDP, FSDP2 or DeepSpeed around the model, on CPUs as on GPUs.
     - _clip_grad_norm, _get_grad_norm: from the norms of that check.
     - evaluate: perplexity.py, no logits kept; _evaluate: a signal may end a measurement; _determine_best_metric: a new best is saved
@@ -51,7 +52,7 @@ class TnlTrainer(Trainer):
     - _init_training_state: the best checkpoint is looked for beside the others, wherever the run's folder has been moved to.
     - _run_epoch: a run that has had all its steps trains no more (Trainer would go on to the end of the epoch).
     - _maybe_log_save_evaluate: after a signal only the checkpoint is written; a measurement that was due is made on resuming.
-    - create_optimizer, create_scheduler: what cannot be made is a recipe error.
+    - create_optimizer, create_scheduler: what cannot be made is a recipe error; get_optimizer_cls_and_kwargs: AdamW in its one kernel.
     - log: real tokens and their speed; floating_point_ops, _track_num_input_tokens: counted from the records.
     """
 
@@ -135,8 +136,9 @@ class TnlTrainer(Trainer):
         if not self.net.training:
             self.net.train()
         self.optimizer_mode("train")
-        result = step(self.net, inputs.records, self.rows, self.step_seed, self.engine, self.graphed)
-        self.guard.check(result, inputs, self.optimizer, self.state.global_step + 1, self.loss_of)
+        compute = partial(step, self.net, inputs.records, self.rows, self.step_seed, self.engine)
+        result = compute(self.graphed)
+        self.guard.check(result, inputs, self.optimizer, self.state.global_step + 1, compute, self.loss_of)
         self.heed_signals()
         self.supervised += result.supervised
         self.clock.tokens += result.tokens
@@ -170,6 +172,12 @@ class TnlTrainer(Trainer):
         switch = getattr(getattr(self.optimizer, "optimizer", self.optimizer), mode, None)
         if callable(switch):
             switch()
+
+    def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:  # type: ignore[override]
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if kind is torch.optim.AdamW and self.engine.crew.size == 1:
+            options.setdefault("fused", True)
+        return kind, options
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         self.engine.prepare(self.net)  # only now: questions were answered by the whole model
@@ -246,6 +254,8 @@ class TnlTrainer(Trainer):
             at_epoch_end = self.args.eval_strategy == "epoch" and float(self.state.epoch or 0).is_integer()
             self.pending_evaluation = control.should_evaluate or at_epoch_end
             control.should_evaluate, control.should_save, control.should_training_stop = False, True, True
+        if control.should_log or control.should_evaluate or control.should_save:
+            self.guard.settle()  # of a step whose numbers are bad nothing is logged, measured or saved
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if self.pending_evaluation:  # with save_strategy best Trainer would save nothing where nothing was measured
             self._save_checkpoint(self.net, None)
