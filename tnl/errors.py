@@ -58,6 +58,11 @@ class MemoryBudgetError(TnlError):
     exit_code = 7
 
 
+def install(extra: str) -> str:
+    """What to do where an extra of ours is not installed: tnl is installed from its own folder, with the versions it was tried with."""
+    return f'Install it in the folder of tnl: pip install -c constraints.txt -e ".[{extra}]"'
+
+
 def one_line(what: str, todo: str = "") -> str:
     """Join what is wrong and what to do into one sentence pair on one line, control characters made visible."""
     ends = (todo.strip().rstrip(".") + ("" if todo.rstrip().endswith(("?", "!", "...")) else ".")) if todo.strip() else ""

@@ -110,6 +110,10 @@ def test_what_is_nothing_of_these(adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     with pytest.raises(ModelError, match="is no model, adapter or run"):
         resolve(str(tmp_path / "notes"))
+    (tmp_path / "notes/run").mkdir()
+    (tmp_path / "notes/run/run.json").touch()
+    with pytest.raises(ModelError, match=r"is no model, adapter or run \(found run\)\. Did you mean .*notes/run\?"):
+        resolve(str(tmp_path / "notes"))
 
 
 def test_a_model_with_an_adapter_in_it_is_the_model(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def test_an_unknown_hub_is_a_mistake_of_the_command_line(huggingface: Any, tnl: 
 
 def test_modelscope_is_asked_for_by_its_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "modelscope_hub", None)
-    with pytest.raises(RecipeError, match=r"pip install 'tnl\[modelscope\]'"):
+    with pytest.raises(RecipeError, match=r"pip install -c constraints.txt -e \"\.\[modelscope\]\""):
         hub.download("owner/model", hub="modelscope")
 
 

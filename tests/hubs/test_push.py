@@ -58,7 +58,7 @@ def test_a_run_is_pushed_with_a_card_and_comes_back(kind: str, run: Path, tnl: A
 
 
 @pytest.mark.parametrize("kind", ["huggingface", "modelscope"])
-@pytest.mark.parametrize(("status", "said"), [(401, "refuses it (401"), (403, "refuses it (403")])
+@pytest.mark.parametrize(("status", "said"), [(401, "refuses it (401"), (403, "refuses it (403"), (500, "could not be reached")])
 def test_a_hub_that_does_not_let_one_is_said(
     kind: str, status: int, said: str, run: Path, tnl: Any, request: pytest.FixtureRequest
 ) -> None:
@@ -66,6 +66,7 @@ def test_a_hub_that_does_not_let_one_is_said(
     small.served.status["/api/"] = status
     done = tnl(small, "push", str(run), "me/storyteller", "--hub", kind)
     assert done.returncode == 4 and said in done.stderr and "Traceback" not in done.stderr and "_secret" not in done.stderr
+    assert "fetched" not in done.stderr  # nothing of an upload is kept
 
 
 def test_what_cannot_be_pushed_is_said(huggingface: Any, run: Path, tnl: Any, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from tnl.page.run import STREAMLIT, check, check_port, run, stopped_by_signals
 def test_without_streamlit_the_pip_line_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "streamlit" else find(name))
-    with pytest.raises(RecipeError, match=r"streamlit, which is not installed\. Install it: pip install 'tnl\[page\]'\."):
+    with pytest.raises(RecipeError, match=r"streamlit, which is not installed\. .*pip install -c constraints.txt -e \"\.\[page\]\"\."):
         run("demo", None, 8501)
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tnl.errors import MemoryBudgetError, ModelError, RecipeError
+from tnl import hub
+from tnl.errors import DataError, MemoryBudgetError, ModelError, RecipeError
 from tnl.model import convert
 from tnl.recipe.load import load
 from tnl.run_dir import compare
 from tnl.train import check, plan
+from tnl.train import run as training
 
 
 def test_everything_is_shown_and_nothing_is_written(
@@ -145,3 +148,14 @@ def test_a_check_names_what_a_deepspeed_configuration_contradicts(recipe: Path, 
         check.run(recipe, [f"train.deepspeed={config}"])
     check.run(recipe, ["train.fsdp=true"], memory=24)
     assert "planned for one process: train.fsdp and train.deepspeed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["data.train", "data.eval"])
+@pytest.mark.parametrize("command", [training.run, check.run])
+def test_nothing_is_fetched_for_records_that_are_not_there(
+    command: Callable[..., object], key: str, recipe: Path, records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "download", lambda *a, **k: pytest.fail("asked the net"))
+    gone = records.with_name("record.json")
+    with pytest.raises(DataError, match=rf"^{gone}: no such file\. Did you mean {records}\?$"):
+        command(recipe, ["model.path=OpenNLPLab/TransNormerLLM-7B", f"{key}={gone}"])

@@ -109,7 +109,9 @@ def find(folder: Path, notices: list[str]) -> tuple[Path | None, Path]:
     if run.metadata.is_file():
         raise ModelError(folder, "the run has saved nothing to talk to yet", f"Continue it: tnl resume {folder}")
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
-    raise ModelError(folder, f"is no model, adapter or run (found {found})", "A model has config.json, an adapter adapter_config.json")
+    runs = [str(entry) for entry in sorted(folder.iterdir()) if RunDir(entry).metadata.is_file()]
+    todo = f"Did you mean {runs[0]}?" if runs else "A model has config.json, an adapter adapter_config.json"
+    raise ModelError(folder, f"is no model, adapter or run (found {found})", todo)
 
 
 def choose_template(metadata: Metadata, folder: Path, wanted: str | None, notices: list[str]) -> Template:

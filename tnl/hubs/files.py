@@ -82,12 +82,11 @@ def refused(repo: str, hub: str, why: str) -> ModelError:
     return ModelError(repo, f"{hub} refuses it ({why})", f"Accept the repository's terms there, and log in: {login(hub)}.")
 
 
-def busy(repo: str, hub: str, seconds: float | None) -> ModelError:
+def busy(repo: str, hub: str, seconds: float | None, sending: bool = False) -> ModelError:
     """The error for a hub that has been asked too often."""
     wait = f", and again in {seconds:.0f} s" if seconds else ""
-    return ModelError(
-        repo, f"{hub} has been asked too often (429{wait})", f"Wait, then repeat (what was fetched is kept); {login(hub)} helps."
-    )
+    kept = "" if sending else " (what was fetched is kept)"
+    return ModelError(repo, f"{hub} has been asked too often (429{wait})", f"Wait, then repeat{kept}; {login(hub)} helps.")
 
 
 def wrong_hash(repo: str, hub: str, name: str) -> ModelError:
@@ -96,12 +95,14 @@ def wrong_hash(repo: str, hub: str, name: str) -> ModelError:
     return ModelError(repo, what, "Repeat the command; if it stays so, a mirror or a proxy changes files.")
 
 
-def unreachable(repo: str, hub: str, error: BaseException) -> ModelError:
+def unreachable(repo: str, hub: str, error: BaseException, sending: bool = False) -> ModelError:
     """The error for everything that may be better next time."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     reason = f"{type(error).__name__}: {first[:200]}"
     mirror = "HF_ENDPOINT" if hub == "huggingface" else "MODELSCOPE_ENDPOINT"
     todo = f"Try again (what was fetched is kept), set {mirror} to a mirror, try {named(other(hub))}, or name a local folder."
+    if sending:
+        todo = f"Try again, or try --hub {other(hub)}."
     return ModelError(repo, f"{hub} could not be reached ({reason})", todo)
 
 

@@ -164,8 +164,8 @@ def status(error: BaseException) -> int:
 
 
 @contextlib.contextmanager
-def worded(repo: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what the library raises into one line."""
+def worded(repo: str, revision: str | None = None, sending: bool = False) -> Iterator[None]:
+    """Turn what the library raises into one line. sending: an upload, of which nothing is kept."""
     errors = library().errors
     try:
         yield
@@ -182,10 +182,10 @@ def worded(repo: str, revision: str | None = None) -> Iterator[None]:
         if status(cause) in (401, 403):
             raise files.refused(repo, HUB, f"{status(cause)}: the token is not valid, or may not do this") from None
         if status(cause) == 429:
-            raise files.busy(repo, HUB, retry_after(cause)) from None
+            raise files.busy(repo, HUB, retry_after(cause), sending) from None
         if isinstance(error, OSError) and error.errno is not None and not is_network(error):
             raise
-        raise files.unreachable(repo, HUB, cause) from error
+        raise files.unreachable(repo, HUB, cause, sending) from error
 
 
 def retry_after(error: BaseException) -> float | None:
@@ -202,7 +202,7 @@ def is_network(error: OSError) -> bool:
 def push(repo: str, folder: Path, private: bool, message: str) -> str:
     """Upload a folder into a repository, which is made if it is not there. Returns its address. Raises ModelError."""
     hub = library()
-    with worded(repo):
+    with worded(repo, sending=True):
         api = hub.HfApi()
         address = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tnl.errors import ModelError, RecipeError
+from tnl.errors import ModelError, RecipeError, install
 from tnl.hubs import files
 from tnl.hubs.files import Remote
 
@@ -18,8 +18,8 @@ def library() -> Any:
     try:
         return importlib.import_module("modelscope_hub")
     except ImportError:
-        todo = "Install it: pip install 'tnl[modelscope]'."
-        raise RecipeError("", "the hub modelscope needs the package modelscope, which is not installed", todo) from None
+        what = "the hub modelscope needs the package modelscope, which is not installed"
+        raise RecipeError("", what, install("modelscope")) from None
 
 
 def fetch(repo: str, revision: str | None, out: Path | None, weights: bool) -> Path:
@@ -92,8 +92,8 @@ def may_pass(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def worded(repo: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what the library raises into one line."""
+def worded(repo: str, revision: str | None = None, sending: bool = False) -> Iterator[None]:
+    """Turn what the library raises into one line. sending: an upload, of which nothing is kept."""
     errors = library().errors
     try:
         yield
@@ -112,17 +112,17 @@ def worded(repo: str, revision: str | None = None) -> Iterator[None]:
             raise files.no_revision(repo, HUB, revision) from None
         raise files.absent(repo, HUB) from None
     except errors.RateLimitError as error:
-        raise files.busy(repo, HUB, error.retry_after) from None
+        raise files.busy(repo, HUB, error.retry_after, sending) from None
     except errors.InvalidParameter as error:
         raise files.absent(repo, HUB) from error
     except errors.HubError as error:
-        raise files.unreachable(repo, HUB, error.__cause__ or error) from error
+        raise files.unreachable(repo, HUB, error.__cause__ or error, sending) from error
 
 
 def push(repo: str, folder: Path, private: bool, message: str) -> str:
     """Upload a folder into a repository, which is made if it is not there. Returns its address. Raises ModelError, RecipeError."""
     hub = library()
-    with worded(repo):
+    with worded(repo, sending=True):
         api = hub.HubApi()
         with contextlib.suppress(hub.errors.AlreadyExistsError):
             api.create_repo(repo, "model", visibility="private" if private else "public")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tnl.errors import RecipeError
+from tnl.errors import RecipeError, install
 
 APP = Path(__file__).with_name("app.py")
 HOST = "127.0.0.1"
@@ -49,7 +49,7 @@ def run(model_or_run: str | None, server: str | None, port: int, *, api_key: str
     Raises RecipeError, and SystemExit with the server's code where the server ends by itself.
     """
     if importlib.util.find_spec("streamlit") is None:
-        raise RecipeError("", "the page needs the package streamlit, which is not installed", "Install it: pip install 'tnl[page]'")
+        raise RecipeError("", "the page needs the package streamlit, which is not installed", install("page"))
     given = {name: value for name, value in options.items() if value is not None}
     check(model_or_run, server, given)
     check_port(port)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tnl.errors import RecipeError
+from tnl.errors import RecipeError, install
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.recipe.sections import TrainSection
 from tnl.train.crew import Crew
@@ -50,7 +50,7 @@ def make(section: TrainSection, crew: Crew, device: torch.device, dtype: torch.d
     if name == "fsdp":
         return Fsdp(crew, device, **fsdp_options(given["fsdp"], given.get("fsdp_config"), where))
     if importlib.util.find_spec("deepspeed") is None:
-        raise RecipeError(at(where, "train.deepspeed"), "deepspeed is not installed", "Install it: pip install 'tnl[deepspeed]'.")
+        raise RecipeError(at(where, "train.deepspeed"), "deepspeed is not installed", install("deepspeed"))
     return DeepSpeed(crew, device, deepspeed_config(given["deepspeed"], section, dtype, where))
 
 

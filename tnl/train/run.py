@@ -137,6 +137,9 @@ class Base:
 
 def prepare(recipe: Recipe, memory: float | None = None, *, weights: bool = True) -> Base:
     """Find the base model and decide where it is trained, and in which numbers. weights: False leaves those of a repository there."""
+    for paths_of_records in (recipe.data.train, recipe.data.eval):
+        if isinstance(paths_of_records, (str, list)):
+            find_files(paths_of_records)  # gigabytes are not fetched for records that are not there
     folder = hub.resolve(recipe.model.path, recipe.model.hub, recipe.model.revision, weights=weights)
     config = read_config(folder)
     device = together.own_device(pick_device("cpu" if recipe.train.use_cpu else "auto"))
