@@ -2,7 +2,7 @@
 
 import pytest
 
-from tnl.recipe.sections import TrainSection
+from tnl.recipe.sections import DataSection, TrainSection
 from tnl.train import order
 
 
@@ -27,3 +27,23 @@ def test_few_steps_are_advised_upon_unless_they_were_asked_for() -> None:
     assert "train.min_steps=100 adds epochs" in order.words(TrainSection(), 28, 16)
     assert "teach little" not in order.words(TrainSection(), 2800, 16) + order.words(TrainSection(max_steps=6), 28, 16)
     assert "15 epochs instead of 3, because train.min_steps is 100" in order.words(TrainSection(min_steps=100), 28, 4)
+
+
+def test_filled_rows_hold_every_record_once_an_epoch() -> None:
+    lengths = [5, 3, 9, 2, 7, 1, 30, 4]
+    units = order.units_of(DataSection(train="x", packing="fill", row_tokens=10), lengths, 64)
+    assert all(sum(lengths[i] for i in unit) <= 10 or len(unit) == 1 for unit in units) and len(units) == 5
+    sampler = order.StepSampler(lengths, 2, seed=1, units=units)
+    epochs = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+        assert len(epochs[-1]) == len(sampler) == 3
+        assert sorted(i for step in epochs[-1] for i in step) == list(range(8))
+    assert epochs[0] != epochs[1]
+
+
+def test_what_batch_sizes_count() -> None:
+    assert order.units_of(DataSection(train="x"), [3, 4], 64) == [[0], [1]]
+    assert order.units_of(DataSection(train="x", packing="fill"), [3, 4], 64) == [[0, 1]]  # the budget stands for what is left open
+    assert order.words(TrainSection(), 320, 16, order.UNITS["fill"]).startswith("60 optimizer steps of 16 rows (20 an epoch)")

@@ -1,5 +1,6 @@
 """A run from recipe to adapter: what it leaves, that it repeats itself bit for bit, and that nothing stops it for good."""
 
+import dataclasses
 import json
 import os
 import re
@@ -385,6 +386,27 @@ def test_padded_batches_learn_the_same(finished: RunDir, recipe: Path) -> None:
     ]
     losses = [[line["loss"] for line in callbacks.read_metrics(run.metrics) if "loss" in line] for run in runs]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_filled_rows_go_on_as_they_began(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's rows are those of its beginning, also where there is memory for longer ones when it goes on."""
+    planned, real, room = training.plan_rows, TnlTrainer.training_step, [160]
+    monkeypatch.setattr(training, "plan_rows", lambda *args: dataclasses.replace(planned(*args), budget=room[0]))
+    changes = ["data.packing=fill", "train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=1", "train.max_steps=4"]
+    whole = training.run(recipe, [*changes, f"train.output_dir={tmp_path / 'whole'}"])
+
+    def stopping(self: TnlTrainer, *args: Any) -> torch.Tensor:
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args)
+
+    parts = [*changes, f"train.output_dir={tmp_path / 'parts'}"]
+    monkeypatch.setattr(TnlTrainer, "training_step", stopping)
+    with pytest.raises(SystemExit):
+        training.run(recipe, parts)
+    monkeypatch.setattr(TnlTrainer, "training_step", real)
+    room[0] = 5000
+    assert weights(training.run(recipe, parts)) == weights(whole)
 
 
 @pytest.mark.slow

@@ -6,19 +6,23 @@ from typing import Any
 
 
 def pack(records: Sequence[Mapping[str, Any]], budget: int) -> list[list[Mapping[str, Any]]]:
-    """Rows of at most `budget` tokens by best fit decreasing; a record that is longer has a row of its own.
+    """Records in rows, as `pack_lengths` says."""
+    return [[records[i] for i in row] for row in pack_lengths([len(record["input_ids"]) for record in records], budget)]
 
-    All records in one row where they fit. Every record stands in exactly one row; rows and the records in them keep the order given,
-    so the result depends on nothing but the arguments. Raises ValueError for a budget below 1.
+
+def pack_lengths(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices in rows of at most `budget` tokens by best fit decreasing; what is longer has a row of its own.
+
+    All in one row where they fit. Every index stands in exactly one row; rows and the indices in them keep the order given, so the
+    result depends on nothing but the arguments. Raises ValueError for a budget below 1.
     """
     if budget < 1:
         raise ValueError("a row holds at least one token")
-    lengths = [len(record["input_ids"]) for record in records]
     if sum(lengths) <= budget:
-        return [list(records)] if records else []
+        return [list(range(len(lengths)))] if lengths else []
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens free, row), sorted
-    for i in sorted(range(len(records)), key=lambda i: (-lengths[i], i)):
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         at = bisect_left(room, (lengths[i], -1))
         if at == len(room):
             rows.append([i])
@@ -27,4 +31,4 @@ def pack(records: Sequence[Mapping[str, Any]], budget: int) -> list[list[Mapping
             free, row = room.pop(at)
             rows[row].append(i)
             insort(room, (free - lengths[i], row))
-    return [[records[i] for i in row] for row in sorted(sorted(row) for row in rows)]
+    return sorted(sorted(row) for row in rows)

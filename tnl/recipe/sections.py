@@ -49,8 +49,10 @@ class DataSection(Strict):
     """Tokens a record may have; what is longer is treated as overlong says; null cuts nothing."""
     overlong: Literal["truncate", "drop", "error"] = "truncate"
     """A record that is too long: cut (its end token is kept), left out, or a reason to stop."""
-    packing: Literal["batch", "none"] = "batch"
-    """batch lays the records of a batch end to end in one row without padding; none pads them; the loss is the same."""
+    packing: Literal["batch", "fill", "none"] = "batch"
+    """batch: a step's records end to end in one row; none: padded (the loss is the same); fill: rows of row_tokens, which batches count."""
+    row_tokens: int | None = Field(None, ge=8)
+    """With packing fill, the tokens of a row; null is what fits into memory and keeps the machine busy."""
 
 
 class LoraSection(LoraFields):

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from tnl import paths
 from tnl.data.build import Dataset, Report, build
+from tnl.data.store import lengths_of
 from tnl.errors import MemoryBudgetError
 from tnl.evaluate.perplexity import IGNORED, count_supervised
 from tnl.hubs.files import WEIGHTS
@@ -62,9 +63,10 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), *, memory: float | Non
     with torch.device("meta"):
         model = plan.build(base.config, recipe.lora, base.dtype, "reference", recipe.where)
     show_table(model)
-    many = (recipe.train, len(data.train), settings.records_per_step)
-    say(order.words(*many))
     layout = show_memory(recipe, base, data, memory)
+    units = order.units_of(recipe.data, lengths_of(data.train), layout.choice.budget or 1)
+    many = (recipe.train, len(units), settings.records_per_step)
+    say(order.words(*many, order.UNITS[recipe.data.packing]))
     if memory is None:
         show_time(recipe, base, data, layout, order.count_steps(*many) / max(order.steps_an_epoch(*many), 1))
 

@@ -8,9 +8,12 @@ import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from tnl.recipe.sections import TrainSection
+from tnl.data.packing import pack_lengths
+from tnl.recipe.sections import DataSection, TrainSection
 from tnl.train.step import seed_of
 
+UNITS = {"batch": "records", "fill": "rows", "none": "records"}
+"""What batch sizes count, by data.packing."""
 FEW = 50
 """Optimizer steps of a run that teaches little."""
 
@@ -18,11 +21,22 @@ FEW = 50
 class StepSampler(Sampler[list[int]]):
     """Batches of record indices, one a step. Draws from no global generator.
 
-    strategy: random, sequential or group_by_length (records of like length together, which spares padding).
+    units: what is drawn, lists of record indices (`units_of`); None: single records. size: units a step.
+    strategy: random, sequential or group_by_length (units of like length together, which spares padding).
     """
 
-    def __init__(self, lengths: Sequence[int], size: int, seed: int, strategy: str = "random", drop_last: bool = False) -> None:
-        self.lengths, self.size, self.seed, self.strategy, self.drop_last = list(lengths), size, seed, strategy, drop_last
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        size: int,
+        seed: int,
+        strategy: str = "random",
+        drop_last: bool = False,
+        units: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        self.units = [[i] for i in range(len(lengths))] if units is None else units
+        self.lengths = [sum(lengths[i] for i in unit) for unit in self.units]
+        self.size, self.seed, self.strategy, self.drop_last = size, seed, strategy, drop_last
         self.epoch = 0
 
     @property
@@ -34,7 +48,7 @@ class StepSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def order(self) -> list[int]:
-        """All record indices in this epoch's order."""
+        """All units in this epoch's order."""
         if self.strategy == "sequential":
             return list(range(len(self.lengths)))
         generator = torch.Generator().manual_seed(seed_of(self.seed, f"order {self.epoch}"))
@@ -45,7 +59,7 @@ class StepSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         order = self.order()
         for i in range(0, len(self) * self.size, self.size):
-            yield order[i : i + self.size]
+            yield [record for unit in order[i : i + self.size] for record in self.units[unit]]
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.lengths), self.size)
@@ -63,6 +77,11 @@ class Batch:
     def ids(self) -> list[str]:
         """The records' names, in order."""
         return [str(record["id"]) for record in self.records]
+
+
+def units_of(data: DataSection, lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """What batch sizes count: records, or with data.packing fill rows of them, of `budget` tokens where the recipe leaves it open."""
+    return pack_lengths(lengths, data.row_tokens or budget) if data.packing == "fill" else [[i] for i in range(len(lengths))]
 
 
 def steps_an_epoch(section: TrainSection, records: int, size: int) -> int:
@@ -83,10 +102,10 @@ def count_steps(section: TrainSection, records: int, size: int) -> int:
     return math.ceil(steps_an_epoch(section, records, size) * epochs(section, records, size))
 
 
-def words(section: TrainSection, records: int, size: int) -> str:
-    """How many steps there will be, and what to do where they are few, in one line."""
+def words(section: TrainSection, records: int, size: int, what: str = "records") -> str:
+    """How many steps there will be, and what to do where they are few, in one line. what: are counted, records or rows."""
     steps, each, times = count_steps(section, records, size), steps_an_epoch(section, records, size), epochs(section, records, size)
-    line = f"{steps:,} optimizer steps of {size} records ({each:,} an epoch)"
+    line = f"{steps:,} optimizer steps of {size} {what} ({each:,} an epoch)"
     if section.max_steps > 0:
         return line
     if times > section.num_train_epochs:

@@ -86,12 +86,14 @@ def train(recipe: Recipe, memory: float | None, allow: Sequence[str] = ()) -> Ru
     show_data(data)
     with crew.together():
         args, settings = arguments.build(recipe.train, recipe.where, path, base.device, bool(data.eval))
-        args.num_train_epochs = order.epochs(recipe.train, len(data.train), settings.records_per_step)
-        say(order.words(recipe.train, len(data.train), settings.records_per_step))
         engine = engine_choice.make(recipe.train, crew, base.device, base.dtype, recipe.where)
         rows = plan_rows(recipe, base, data, memory, engine)
     together.same_rows(crew, rows)
     with crew.together():
+        row_tokens = RunDir(path).read_metadata().get("row_tokens") or rows.budget  # a resumed run's rows are those it began with
+        units = order.units_of(recipe.data, lengths_of(data.train), row_tokens)
+        args.num_train_epochs = order.epochs(recipe.train, len(units), settings.records_per_step)
+        say(order.words(recipe.train, len(units), settings.records_per_step, order.UNITS[recipe.data.packing]))
         loaded = load_model(base.folder, dtype=base.dtype, device=base.device, backend=recipe.model.backend)
         model = lora.attach(loaded, recipe.lora, recipe.where, recipe.train.seed, say)
     show_table(model)
@@ -99,7 +101,9 @@ def train(recipe: Recipe, memory: float | None, allow: Sequence[str] = ()) -> Ru
     with together.held(crew, path, facts, allow) as (work, folder, notices), StopSignals() as stop, closing(live):
         watchers = [callbacks.Metrics(work.metrics), live] if crew.leads else []
         trainer = TnlTrainer(model, args, settings, rows, data.train, data.eval, watchers, stop.asked)
-        trainer.engine, trainer.stop = engine, stop
+        trainer.engine, trainer.stop, trainer.units = engine, stop, units
+        if crew.saves:
+            work.update_metadata(row_tokens=row_tokens)
         stop.quiet = not crew.leads
         if crew.size > 1:
             trainer.stop_requested = lambda: False  # until all have heard of it

@@ -82,6 +82,8 @@ class TnlTrainer(Trainer):
         self.engine = alone(model)
         self.graphed: Graphed | None = None
         self.stop: StopSignals | None = None
+        self.units: list[list[int]] | None = None
+        """What batch sizes count (order.units_of); None: single records."""
         self.guard = Guard(model)
         trained, everything = count_parameters(model)
         self.operations_a_token = 4 * everything + 2 * trained
@@ -101,9 +103,9 @@ class TnlTrainer(Trainer):
         args, size = self.args, self.settings.records_per_step
         seed = args.seed if args.data_seed is None else args.data_seed
         lengths = lengths_of(self.train_records)
-        sampler = StepSampler(lengths, size, seed, args.train_sampling_strategy, args.dataloader_drop_last)
+        sampler = StepSampler(lengths, size, seed, args.train_sampling_strategy, args.dataloader_drop_last, self.units)
         if not len(sampler):
-            what = f"leaves no step ({len(lengths)} records to train on, {size} a step)"
+            what = f"leaves no step ({len(sampler.units)} to train on, {size} a step)"
             raise RecipeError(at(self.where, "train.dataloader_drop_last"), what, "Leave it out.")
         return DataLoader(
             self.train_records,  # type: ignore[arg-type]
