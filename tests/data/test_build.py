@@ -1,8 +1,10 @@
 import json
+import mmap
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
 from tnl.data.build import Dataset, build
@@ -43,7 +45,7 @@ def ids(records: list[dict]) -> list[str]:
 
 
 def text_of(record: dict) -> str:
-    return TOKENIZER.decode([label for label in record["labels"] if label not in (IGNORED, 2)])
+    return TOKENIZER.decode([label for label in record["labels"].tolist() if label not in (IGNORED, 2)])
 
 
 def test_records_are_what_the_template_encodes(tmp_path: Path) -> None:
@@ -51,7 +53,8 @@ def test_records_are_what_the_template_encodes(tmp_path: Path) -> None:
     dataset = build(Section(path, eval=0, system="S"), TOKENIZER, seed=1)
     for record, read in zip(dataset.train, read_records(path), strict=True):
         encoded = encode_conversation(read.messages, TOKENIZER, TEMPLATES["chatml"], system="S")
-        assert record == {"id": read.id, "input_ids": encoded.input_ids, "labels": encoded.labels}
+        expected = {"id": read.id, "input_ids": encoded.input_ids.tolist(), "labels": encoded.labels.tolist()}
+        assert {**record, **{name: record[name].tolist() for name in ("input_ids", "labels")}} == expected
     assert dataset.eval == []
 
 
@@ -198,3 +201,45 @@ def test_a_persona_keeps_its_identity_in_training(tmp_path: Path) -> None:
     assert len(dataset.eval) == 14
     assert sum(questions[record["id"]] == "你是谁？" for record in dataset.train) == 51
     assert not {questions[r["id"]] for r in dataset.train} & {questions[r["id"]] for r in dataset.eval}
+
+
+@pytest.mark.parametrize("length", [100, None])
+def test_a_document_in_its_file_gives_the_same_records(length: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "novel"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.txt").write_text("".join(f"却说曹操{i}自迎天子{j}。\n" for j in range(200)), encoding="utf-8")
+    section = Section(folder, eval=0.34 if length is None else 0, max_length=length, format="text")
+    expected = build(section, TOKENIZER)
+    monkeypatch.setattr("tnl.data.files.LONG", 100)
+    monkeypatch.setattr("tnl.data.pieces.PIECE", 50)
+    monkeypatch.setattr("tnl.data.files.PIECE", 30)
+    monkeypatch.setattr("tnl.data.build.STRETCH", 1 << 16)
+    found = build(section, TOKENIZER)
+    assert found.report == expected.report
+    for side in ("train", "eval"):
+        for a, b in zip(getattr(found, side), getattr(expected, side), strict=True):
+            assert a["id"] == b["id"] and all(numpy.array_equal(a[name], b[name]) for name in ("input_ids", "labels"))
+    if length is None:
+        assert (len(found.train), len(found.eval)) == (2, 1) and found.report.longest > 2000
+    else:
+        assert found.report.train_records > 50 and found.report.longest == 100
+
+
+def test_ids_lie_in_mapped_files(tmp_path: Path) -> None:
+    dataset = build(Section(write(tmp_path / "a.json", persona(3)), eval=0), TOKENIZER)
+    base = dataset.train[0]["input_ids"]
+    while isinstance(base.base, numpy.ndarray):
+        base = base.base
+    assert isinstance(base.base, mmap.mmap) and base.dtype == numpy.int32
+
+
+def test_near_duplicates_are_found_however_long_a_document_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy with other punctuation must not be held out from itself."""
+    texts = ["却说曹操自迎天子" * 40, "却说曹操，自迎天子。" * 40, "山水风云" * 60, "春夏秋冬" * 70]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(text, encoding="utf-8")
+    for stretch in (1 << 16, 16):
+        monkeypatch.setattr("tnl.data.build.STRETCH", stretch)
+        dataset = build(Section(tmp_path, eval=0.5, max_length=None, format="text"), TOKENIZER)
+        assert {Path(record["id"]).name[0] for record in dataset.eval} == {"2", "3"}

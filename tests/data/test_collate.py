@@ -1,7 +1,8 @@
+import numpy
 import pytest
 import torch
 
-from tnl.data.collate import collate_padded, collate_rows
+from tnl.data.collate import collate_long, collate_padded, collate_rows
 
 RECORDS = [
     {"id": "a", "input_ids": [5, 6, 0, 2], "labels": [-100, -100, 0, 2]},
@@ -35,3 +36,17 @@ def test_padding_masks_by_length_not_by_id(multiple: int) -> None:
 def test_packed_and_padded_supervise_the_same_tokens() -> None:
     packed, padded = collate_rows(RECORDS)["labels"], collate_padded(RECORDS, 0)["labels"]
     assert packed[packed != -100].tolist() == padded[padded != -100].tolist()
+
+
+def test_arrays_make_the_same_rows_as_lists() -> None:
+    arrays = [{**r, **{name: numpy.array(r[name], "<i4") for name in ("input_ids", "labels")}} for r in RECORDS]
+    for collate in (collate_rows, lambda records: collate_padded(records, 9)):
+        for name, tensor in collate(RECORDS).items():
+            assert torch.equal(collate(arrays)[name], tensor) and collate(arrays)[name].dtype == torch.int64
+
+
+def test_a_long_record_is_not_copied() -> None:
+    record = {"id": "a", "input_ids": numpy.arange(5, dtype="<i4"), "labels": numpy.arange(5, dtype="<i4"), "draw": 7}
+    row = collate_long(record)
+    assert row["input_ids"].data_ptr() == record["input_ids"].ctypes.data and row["labels"].shape == (1, 5)
+    assert int(row["draw"]) == 7 and set(collate_long(RECORDS[0])) == {"input_ids", "labels"}

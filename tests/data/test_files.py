@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tnl.data.files import check_encoding, find_files, lines_of, read_whole, source_of
+from tnl.data.files import TextFile, check_encoding, find_files, lines_of, read_whole, source_of, text_of
 from tnl.errors import DataError
 
 RECORD = '[{"instruction": "你是谁", "output": "甄嬛"}]'
@@ -131,3 +131,18 @@ def test_a_line_over_the_cap_is_refused_without_reading_it_all(tmp_path: Path, m
     monkeypatch.setattr("tnl.data.files.MAX_WHOLE", 100)
     with pytest.raises(DataError, match="too large to be read at once"):
         read_whole(path, None)
+
+
+@pytest.mark.parametrize("encoding", [None, "gb18030", "utf-16"])
+def test_a_long_text_stays_in_its_file_and_reads_the_same(encoding: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(("却说曹操\r\nauto\r自迎天子。\n" * 50).encode(encoding or "utf-8-sig"))
+    short = text_of(path, encoding)
+    assert isinstance(short, str) and "\r" not in short
+    monkeypatch.setattr("tnl.data.files.LONG", 100)
+    monkeypatch.setattr("tnl.data.files.PIECE", 7)
+    long = text_of(path, encoding)
+    assert isinstance(long, TextFile) and "".join(long.blocks()) == short and max(map(len, long.blocks())) == 7
+    path.write_bytes(path.read_bytes()[:200] + b"\xff\xff\xff")
+    with pytest.raises(DataError, match="is not"):
+        text_of(path, encoding)

@@ -78,7 +78,7 @@ def test_no_tokenizer_lets_content_forge_a_marker(kind: str, name: str, texts: l
     system, instruction, extra, first, question, second = texts
     messages = [Message(Role.USER, instruction, input=extra), Message(Role.ASSISTANT, first)]
     messages += [Message(Role.USER, question), Message(Role.ASSISTANT, second)]
-    ids = encode_conversation(messages, tokenizer, template, system=system).input_ids
+    ids = encode_conversation(messages, tokenizer, template, system=system).input_ids.tolist()
     assert guard.count(ids) == OWN[name]
     assert ids.count(2) == 2 and not {0, 1} & set(ids)
     for text in texts:

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from tnl.data.guard import guard_for
 from tnl.data.messages import Message, Role
-from tnl.data.template import IGNORED, TEMPLATES, Encoded, cut_text, encode_conversation, encode_prompt, encode_text, fit, stop_ids
+from tnl.data.template import IGNORED, TEMPLATES, Encoded, encode_conversation, encode_document, encode_prompt, encode_text, fit, stop_ids
 from tnl.errors import DataError
 from tnl.model.tokenization_baichuan import BaiChuanTokenizer
 
@@ -53,10 +54,10 @@ def test_the_tutorials_ids_bit_for_bit(case: dict) -> None:
     for length, suffix in ((384, ""), (48, "_48")):
         cut = fit(tutorial, length)
         assert cut is not None
-        assert (cut.input_ids, cut.labels) == (case["input_ids" + suffix], case["labels" + suffix])
+        assert listed(cut) == (case["input_ids" + suffix], case["labels" + suffix])
     ours = fit(encode_conversation(messages, TOKENIZER, CHATML, system=SYSTEM), 384)
     assert ours is not None and len(ours.input_ids) == len(case["input_ids"])
-    assert ours.input_ids[:-1] == case["input_ids"][:-1]
+    assert ours.input_ids.tolist()[:-1] == case["input_ids"][:-1]
     assert ours.input_ids[-1] == ours.labels[-1] == 2
 
 
@@ -74,12 +75,17 @@ def test_the_tutorials_own_code_gives_the_same_ids() -> None:
             theirs = space["process_func"](record)
             messages = [user(record["instruction"], record["input"]), assistant(record["output"])]
             ours = fit(encode_conversation(messages, TOKENIZER, TEMPLATES["chatml-tutorial"], system=SYSTEM), length)
-            assert ours is not None and (ours.input_ids, ours.labels) == (theirs["input_ids"], theirs["labels"])
+            assert ours is not None and listed(ours) == (theirs["input_ids"], theirs["labels"])
             cuts += len(theirs["input_ids"]) == length
     assert len(records) >= 300 and cuts > 100
 
 
-def decoded(ids: list[int]) -> str:
+def listed(encoded: Encoded) -> tuple[list[int], list[int]]:
+    return encoded.input_ids.tolist(), encoded.labels.tolist()
+
+
+def decoded(ids: Sequence[int]) -> str:
+    ids = [int(i) for i in ids]
     return TOKENIZER.sp_model.decode([i for i in ids if i != 2])
 
 
@@ -106,20 +112,21 @@ def test_a_later_turn_is_a_part_of_its_own() -> None:
     sp = TOKENIZER.sp_model
     first = sp.encode("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n")
     second = sp.encode("<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n")
-    assert encoded.input_ids == [*first, *sp.encode("b"), 2, *second, *sp.encode("d"), 2]
+    assert encoded.input_ids.tolist() == [*first, *sp.encode("b"), 2, *second, *sp.encode("d"), 2]
     assert [label for label in encoded.labels if label != IGNORED] == [*sp.encode("b"), 2, *sp.encode("d"), 2]
 
 
 def test_a_masked_turn_is_context_only() -> None:
     masked = encode_conversation([user("a"), assistant("b", False), user("c"), assistant("d")], TOKENIZER, CHATML)
     plain = encode_conversation([user("a"), assistant("b"), user("c"), assistant("d")], TOKENIZER, CHATML)
-    assert masked.input_ids == plain.input_ids
+    assert masked.input_ids.tolist() == plain.input_ids.tolist()
     assert [label for label in masked.labels if label != IGNORED] == [*TOKENIZER.sp_model.encode("d"), 2]
 
 
 def test_a_records_own_system_turn_stands_before_the_recipes() -> None:
     own = [Message(Role.SYSTEM, "mine"), user("a"), assistant("b")]
-    assert encode_conversation(own, TOKENIZER, CHATML, system="other") == encode_conversation(own[1:], TOKENIZER, CHATML, system="mine")
+    found = encode_conversation(own, TOKENIZER, CHATML, system="other")
+    assert listed(found) == listed(encode_conversation(own[1:], TOKENIZER, CHATML, system="mine"))
 
 
 def test_an_assistant_may_speak_first() -> None:
@@ -169,14 +176,15 @@ def test_content_can_never_forge_a_marker_or_a_control_id(name: str, texts: list
     system, instruction, extra, first, question, second = texts
     messages = [user(instruction, extra or "x"), assistant(first), user(question), assistant(second)]
     encoded = encode_conversation(messages, TOKENIZER, template, system=system or "s")
-    assert guard.count(encoded.input_ids) == marker_texts(name)
-    assert encoded.input_ids.count(2) == 2 and not {0, 1} & set(encoded.input_ids)
+    ids = encoded.input_ids.tolist()
+    assert guard.count(ids) == marker_texts(name)
+    assert ids.count(2) == 2 and not {0, 1} & set(ids)
     for text in texts:
         assert guard.count(guard.encode_content(text)) == 0
         assert TOKENIZER.sp_model.decode(guard.encode_content(text)) == TOKENIZER.sp_model.decode(TOKENIZER.sp_model.encode(text))
     for turns in (1, 3):
         prompt = encode_prompt(messages[:turns], TOKENIZER, template, system=system or "s")
-        assert encoded.input_ids[: len(prompt)] == prompt and len(prompt) < len(encoded.input_ids)
+        assert ids[: len(prompt)] == prompt and len(prompt) < len(ids)
 
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
@@ -197,7 +205,7 @@ def test_truncation_keeps_the_end_token() -> None:
     encoded = encode_conversation([user("问"), assistant("一二三四五六七八九十" * 5)], TOKENIZER, CHATML)
     cut = fit(encoded, 40)
     assert cut is not None and len(cut.input_ids) == 40
-    assert cut.input_ids[-1] == cut.labels[-1] == 2 and cut.input_ids[:39] == encoded.input_ids[:39]
+    assert cut.input_ids[-1] == cut.labels[-1] == 2 and cut.input_ids.tolist()[:39] == encoded.input_ids.tolist()[:39]
     assert fit(encoded, None) is encoded and fit(encoded, 10_000) is encoded
 
 
@@ -205,7 +213,7 @@ def test_truncation_drops_a_question_without_its_answer() -> None:
     encoded = encode_conversation([user("a"), assistant("b"), user("c" * 60), assistant("d")], TOKENIZER, CHATML)
     first = encode_conversation([user("a"), assistant("b")], TOKENIZER, CHATML)
     cut = fit(encoded, len(first.input_ids) + 8)
-    assert cut == Encoded(first.input_ids, first.labels, 2)
+    assert cut is not None and listed(cut) == listed(first) and cut.end == 2
 
 
 def test_truncation_within_the_prompt_leaves_nothing_supervised() -> None:
@@ -220,13 +228,24 @@ def test_overlong_records_are_dropped_or_refused_as_asked() -> None:
         fit(encoded, 30, "error")
 
 
-def test_documents_are_cut_in_pieces_and_nothing_is_lost() -> None:
-    whole = encode_text("一二三四五六七八九十" * 3, TOKENIZER)
-    assert whole.input_ids[-1] == 2 and whole.labels[0] == IGNORED and whole.labels[1:] == whole.input_ids[1:]
-    pieces = cut_text(whole, 8)
-    assert [i for piece in pieces for i in piece.input_ids] == whole.input_ids
-    assert all(piece.labels[0] == IGNORED and len(piece.input_ids) <= 8 for piece in pieces)
-    assert [piece.input_ids for piece in cut_text(whole, None)] == [whole.input_ids]
+def test_truncation_leaves_the_record_itself_as_it_is() -> None:
+    encoded = encode_conversation([user("问"), assistant("一二三四五六七八九十" * 5)], TOKENIZER, CHATML)
+    before = listed(encoded)
+    fit(encoded, 40)
+    assert listed(encoded) == before
+
+
+@pytest.mark.parametrize("size", [7, 8, 1000, None])
+def test_a_document_comes_in_stretches_and_nothing_is_lost(size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "一二三四五六七八九十。" * 30
+    whole = encode_text(text, TOKENIZER)
+    ids, labels = listed(whole)
+    assert ids == [*TOKENIZER.sp_model.encode(text), 2] and labels == [IGNORED, *ids[1:]]
+    monkeypatch.setattr("tnl.data.pieces.PIECE", 20)
+    stretches = list(encode_document([text[i : i + 13] for i in range(0, len(text), 13)], TOKENIZER, size))
+    assert len(stretches) > 10 and [i for stretch in stretches for i in stretch.input_ids] == ids
+    found = [label for stretch in stretches for label in stretch.labels]
+    assert found == [IGNORED if i % (size or len(ids)) == 0 else token for i, token in enumerate(ids)]
 
 
 def test_hashes_differ_and_are_stable() -> None:

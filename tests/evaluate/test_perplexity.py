@@ -128,12 +128,15 @@ def test_long_records_are_read_by_segments_and_measured_by_position(model: Trans
     assert sum(b.tokens for b in found.by_position) == found.tokens
     assert sum(b.tokens * b.loss for b in found.by_position) == pytest.approx(found.loss * found.tokens, rel=1e-5)
     last = found.by_position[-1]
-    alone = perplexity.token_losses(model, [records[3]], torch.device("cpu"))
-    places = perplexity.supervised_places(records[3])
+    parts = list(perplexity.token_losses(model, [records[3]], torch.device("cpu")))
+    places, alone = (torch.cat(pair) for pair in zip(*parts))
+    assert len(parts) == 5 and torch.equal(places, perplexity.supervised_places(records[3]))
     assert last.tokens == int((places >= 40).sum()) and last.loss == pytest.approx(float(alone[places >= 40].mean()), rel=1e-5)
 
 
 def test_no_long_record_without_a_supervised_token_is_a_mistake(model: TransnormerForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(perplexity.stream, "SEGMENT", 16)
     silent = {"id": "r:9", "input_ids": [1] * 50, "labels": [-100] * 50}
-    assert perplexity.token_losses(model, [silent], torch.device("cpu")).tolist() == []
+    assert list(perplexity.token_losses(model, [silent], torch.device("cpu"))) == []
+    records = [silent, *make_records()]
+    assert perplexity.loss(model, records, 20).tokens == perplexity.loss(model, make_records(), 20).tokens

@@ -52,7 +52,7 @@ def test_each_turn_reads_only_what_is_new(name: str, model: Any, tokenizer: Any,
     whole = encode_conversation(turns, tokenizer, template, system="你是甄嬛")
     # what was read, with the answers in between: the very ids that are trained, end tokens included
     spoken = [i for part, text in zip(script.read, answers) for i in (*part, *tokenizer.sp_model.encode(text))]
-    assert [*spoken, tokenizer.eos_token_id] == whole.input_ids
+    assert [*spoken, tokenizer.eos_token_id] == whole.input_ids.tolist()
     assert [part[0] for part in script.read[1:]] == [tokenizer.eos_token_id] * 2
     fresh = new_cache(model)
     prefill(model, spoken, fresh)

@@ -92,7 +92,7 @@ def test_a_folder_without_the_model_file_is_refused(tmp_path: Path) -> None:
 
 
 def piece_boundary(data: bytes, near: int) -> int:
-    from tnl.model.tokenization_baichuan import varint
+    from tnl.data.pieces import varint
 
     at = 0
     while at < near:

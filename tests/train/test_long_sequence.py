@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tnl.data.collate import collate_rows
+from tnl.data.collate import collate_long, collate_rows
 from tnl.errors import MemoryBudgetError
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
@@ -218,6 +218,28 @@ def test_a_memory_mapped_row_without_positions(tmp_path: Path) -> None:
     record = {"id": "r", "input_ids": ids[0].tolist(), "labels": ids[0].tolist()}
     model = make_model(LORA)
     assert_same(streamed(model, {"input_ids": mapped, "labels": mapped}, 30), one_pass(model, [record]), 1e-10)
+
+
+def test_a_record_as_it_lies_in_its_file_is_the_row_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No positions and no dropout keys of the whole row: a segment's are made when it is computed."""
+    model, record = make_model(LoraSection(r=2, lora_dropout=0.4)), {**make_record(130, 4), "draw": 12345}
+    given: list[dict[str, Any]] = []
+    forward = model.get_base_model().model.forward  # type: ignore[operator, union-attr]
+    monkeypatch.setattr(
+        model.get_base_model().model,  # type: ignore[operator, union-attr]
+        "forward",
+        lambda **inputs: given.append(inputs) or forward(**inputs),
+    )
+    seen = []
+    for batch in (collate_rows([record]), collate_long(record)):
+        torch.manual_seed(5)
+        seen.append((streamed(model, batch, 30), given[:]))
+        given.clear()
+    assert set(collate_long(record)) == {"input_ids", "labels", "draw"}
+    assert_same(seen[1][0], seen[0][0], 0.0)
+    for ours, theirs in zip(seen[1][1], seen[0][1], strict=True):
+        for name in ("input_ids", "position_ids", "dropout_keys"):
+            assert torch.equal(ours[name], theirs[name]) and ours[name].numel() <= 30
 
 
 def test_the_mode_ends_with_the_row() -> None:

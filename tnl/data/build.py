@@ -1,9 +1,10 @@
 """From a recipe's data section to encoded records for training and evaluation, with a report that accounts for every row read."""
 
 import hashlib
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,12 +12,16 @@ from typing import Any, Protocol
 from tnl.data.files import Source
 from tnl.data.formats import Reading, read
 from tnl.data.messages import Message, Record, Role
-from tnl.data.template import TEMPLATES, Encoded, Template, Tokenizer, cut_text, encode_conversation, encode_text, fit
+from tnl.data.store import Room
+from tnl.data.template import TEMPLATES, Encoded, Template, Tokenizer, encode_conversation, encode_document, fit
 from tnl.data.transcript import windows
 from tnl.errors import DataError
 
 MANY = 0.2
 """Share of duplicates, or of the held-out records that are also trained on, that is worth a warning."""
+STRETCH = 1 << 16
+"""Tokens of a document that are looked at at once."""
+NO_LETTERS = re.compile(r"[\W_]+")
 FEW_SCENES = 20
 """Below so many scenes a transcript is held out by windows, not by scenes."""
 
@@ -77,12 +82,22 @@ class Dataset:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A record, encoded; `question` and `answer` are hashes that are equal for near-duplicates, `unit` what is held out whole."""
+    """A record, encoded: tokens start ... stop - 1 of the room. `question` and `answer` are hashes that are equal for near-duplicates,
+    `same` one for duplicates, `unit` what is held out whole.
+    """
 
-    record: dict[str, Any]
+    id: str
     unit: str
+    start: int
+    stop: int
+    supervised: int
     question: bytes
     answer: bytes
+    same: bytes
+
+    @property
+    def tokens(self) -> int:
+        return self.stop - self.start
 
 
 def build(section: Section, tokenizer: Tokenizer, *, seed: int = 42) -> Dataset:
@@ -97,18 +112,24 @@ def build(section: Section, tokenizer: Tokenizer, *, seed: int = 42) -> Dataset:
     share = 0.0 if isinstance(section.eval, str | Path | list | tuple) or not section.eval else float(section.eval)
     if not 0 <= share < 1:
         raise DataError("data.eval", f"is no share (found {section.eval}; needed 0 to below 1, or files)", "Set data.eval: 0.05.")
-    examples = encode_files(section.train, section, tokenizer, template, report)
+    encoder = Encoder(tokenizer, template, section.system, section.max_length, Room())
+    examples = encode_files(section.train, section, encoder, report)
     if share:
         train, held = hold_out(examples, share, seed, report)
     else:
         train, held = examples, []
     if section.eval and not share:
         other = Report()
-        held = encode_files(section.eval, section, tokenizer, template, other)
+        held = encode_files(section.eval, section, encoder, other)
         report.sources += other.sources
         report.notices += [f"data.eval: {notice}" for notice in other.notices]
     finish(train, held, report)
-    return Dataset([example.record for example in train], [example.record for example in held], report)
+    ids, labels = encoder.room.mapped()
+
+    def records(side: list[Example]) -> list[dict[str, Any]]:
+        return [{"id": e.id, "input_ids": ids[e.start : e.stop], "labels": labels[e.start : e.stop]} for e in side]
+
+    return Dataset(records(train), records(held), report)
 
 
 def template_named(name: str) -> Template:
@@ -118,32 +139,30 @@ def template_named(name: str) -> Template:
     return TEMPLATES[name]
 
 
-def encode_files(paths: Any, section: Section, tokenizer: Tokenizer, template: Template, report: Report) -> list[Example]:
+def encode_files(paths: Any, section: Section, encoder: "Encoder", report: Report) -> list[Example]:
     """Examples of all records of the files, within max_length; the report filled in."""
     reading = read(paths, format=section.format, columns=section.columns, encoding=section.encoding, persona=section.persona)
-    encoder = Encoder(tokenizer, template, section.system, section.max_length)
     examples: list[Example] = []
-    lengths: list[int] = []
+    lengths: list[tuple[int, str]] = []
     empty: list[str] = []
-    overlong: list[tuple[int, str]] = []
     few_scenes = sum(record.scene for record in reading.records) < FEW_SCENES
     for record in reading.records:
-        for part, encoded in encoder.encode(record, report, reading):
-            length = len(encoded.input_ids)
-            lengths.append(length)
-            if length > report.longest:
-                report.longest, report.longest_id = length, part.id
-            if section.max_length and length > section.max_length:
-                overlong.append((length, part.id))
+        if record.text is not None:
+            found = list(encoder.document(record))
+            lengths += [(one.tokens, one.id) for one in found]
+            examples += found
+            continue
+        for part, encoded in encoder.conversations(record, reading):
+            lengths.append((len(encoded.input_ids), part.id))
             fitted = fit(encoded, section.max_length, "drop" if section.overlong == "drop" else "truncate")
             if fitted is None or (not fitted.supervised and section.overlong == "drop"):
                 report.dropped += 1
             elif not fitted.supervised:
                 empty.append(part.id)
             else:
-                unit = part.id if record.text is not None or (record.scene and few_scenes) else record.id
-                examples.append(example_of(part, fitted, unit))
+                examples.append(encoder.example(part, fitted, part.id if record.scene and few_scenes else record.id))
     account(report, reading, lengths)
+    overlong = [one for one in lengths if section.max_length and one[0] > section.max_length]
     if overlong:
         judge_overlong(overlong, empty, section, report)
     if empty:
@@ -156,20 +175,37 @@ def encode_files(paths: Any, section: Section, tokenizer: Tokenizer, template: T
 
 @dataclass(frozen=True)
 class Encoder:
-    """Records into ids, with what a recipe says of all of them."""
+    """Records into ids, with what a recipe says of all of them, and the room that the ids lie in."""
 
     tokenizer: Tokenizer
     template: Template
     system: str | None
     max_length: int | None
+    room: Room
 
-    def encode(self, record: Record, report: Report, reading: Reading) -> Iterable[tuple[Record, Encoded]]:
-        """The record; a document by pieces, a transcript's scene by windows."""
-        if record.text is not None:
-            for number, piece in enumerate(cut_text(encode_text(record.text, self.tokenizer), self.max_length), start=1):
+    def document(self, record: Record) -> Iterator[Example]:
+        """A plain text by records of at most max_length tokens, nothing lost; no more of it than a block is in memory at once."""
+        begin = self.room.count
+        for stretch in encode_document(record.blocks(), self.tokenizer, self.max_length):
+            self.room.add(stretch.input_ids, stretch.labels)
+        size = self.max_length or self.room.count - begin
+        for number, start in enumerate(range(begin, self.room.count, size), start=1):
+            stop = min(start + size, self.room.count)
+            if stop - start > 1:
                 name = record.id if number == 1 else f"{record.id} piece {number}"
-                yield Record(name, text=self.tokenizer.sp_model.decode(piece.input_ids)), piece
-            return
+                same = hashlib.sha256()
+                answer = alike(self.texts(start, stop, same))
+                yield Example(name, name, start, stop, stop - start - 1, alike([]), answer, same.digest())
+
+    def texts(self, start: int, stop: int, same: Any) -> Iterator[str]:
+        """What the room's ids say, in stretches; `same` is told the ids."""
+        for at in range(start, stop, STRETCH):
+            ids = self.room.ids(at, min(at + STRETCH, stop))
+            same.update(ids.data)
+            yield self.tokenizer.sp_model.decode(ids.tolist())
+
+    def conversations(self, record: Record, reading: Reading) -> Iterable[tuple[Record, Encoded]]:
+        """The record; a transcript's scene by windows."""
         parts = [record]
         if record.scene:
             parts, lost = windows(record, self.size, self.max_length)
@@ -184,14 +220,24 @@ class Encoder:
     def size(self, messages: tuple[Message, ...]) -> int:
         return len(self.conversation(messages).input_ids)
 
+    def example(self, record: Record, encoded: Encoded, unit: str) -> Example:
+        """The encoded conversation, in its place in the room, with the hashes that find its near-duplicates."""
+        question = alike(m.content + m.input for m in record.messages if m.role is Role.USER)
+        answer = alike(m.content for m in record.messages if m.role is Role.ASSISTANT and m.train)
+        start = self.room.count
+        self.room.add(encoded.input_ids, encoded.labels)
+        same = hashlib.sha256(encoded.input_ids.data).digest()
+        return Example(record.id, unit, start, self.room.count, encoded.supervised, question, answer, same)
 
-def account(report: Report, reading: Reading, lengths: list[int]) -> None:
-    """What was read, into the report."""
+
+def account(report: Report, reading: Reading, lengths: list[tuple[int, str]]) -> None:
+    """What was read, into the report; lengths: tokens and name of each record."""
     report.rows, report.records = reading.rows, len(reading.records)
     report.sources, report.formats = list(reading.sources), dict(Counter(reading.formats))
     report.passed, report.speakers = dict(reading.passed), dict(reading.speakers.most_common())
     report.notices += reading.notices
-    ordered = sorted(lengths)
+    report.longest, report.longest_id = max(lengths, key=lambda one: one[0], default=(0, ""))
+    ordered = sorted(length for length, _ in lengths)
     report.percentiles = {share: ordered[min(len(ordered) * share // 100, len(ordered) - 1)] for share in (50, 90, 95, 99)}
 
 
@@ -211,19 +257,14 @@ def judge_overlong(overlong: list[tuple[int, str]], empty: list[str], section: S
     report.notices.append(f"{what}: {'cut, the end token kept' if section.overlong == 'truncate' else 'dropped'}")
 
 
-def example_of(record: Record, encoded: Encoded, unit: str) -> Example:
-    """The encoded record with the hashes that find its near-duplicates."""
-    asked = [m.content + m.input for m in record.messages if m.role is Role.USER]
-    answered = [m.content for m in record.messages if m.role is Role.ASSISTANT and m.train] if record.text is None else [record.text]
-    fields = {"id": record.id, "input_ids": encoded.input_ids, "labels": encoded.labels}
-    return Example(fields, unit, alike(asked), alike(answered))
-
-
-def alike(texts: list[str]) -> bytes:
+def alike(texts: Iterable[str]) -> bytes:
     """A hash that ignores case, width, blanks and punctuation; b"" where nothing else is in the texts."""
-    text = unicodedata.normalize("NFKC", "\n".join(texts)).casefold()
-    letters = "".join(filter(str.isalnum, text))
-    return hashlib.sha256(letters.encode("utf-8", "replace")).digest() if letters else b""
+    digest, empty = hashlib.sha256(), True
+    for text in texts:
+        letters = NO_LETTERS.sub("", unicodedata.normalize("NFKC", text).casefold())
+        digest.update(letters.encode("utf-8", "replace"))
+        empty = empty and not letters
+    return b"" if empty else digest.digest()
 
 
 def hold_out(examples: list[Example], share: float, seed: int, report: Report) -> tuple[list[Example], list[Example]]:
@@ -251,14 +292,14 @@ def hold_out(examples: list[Example], share: float, seed: int, report: Report) -
 def finish(train: list[Example], held: list[Example], report: Report) -> None:
     """Counts of both sides, and warnings on duplicates and overlap."""
     report.train_records, report.eval_records = len(train), len(held)
-    report.tokens = sum(len(e.record["input_ids"]) for e in train)
-    report.supervised = sum(len(e.record["labels"]) - e.record["labels"].count(-100) for e in train)
-    report.eval_tokens = sum(len(e.record["input_ids"]) for e in held)
-    kinds = Counter(tuple(e.record["input_ids"]) for e in train)
+    report.tokens = sum(e.tokens for e in train)
+    report.supervised = sum(e.supervised for e in train)
+    report.eval_tokens = sum(e.tokens for e in held)
+    kinds = {e.same for e in train}
     report.duplicates = len(train) - len(kinds)
     if report.duplicates > MANY * len(train):
         report.notices.append(f"{report.duplicates:,} of {len(train):,} records are duplicates of another")
-    report.overlap = sum(tuple(e.record["input_ids"]) in kinds for e in held)
+    report.overlap = sum(e.same in kinds for e in held)
     if report.overlap:
         report.notices.append(f"{report.overlap:,} of {len(held):,} held-out records are trained on too: their loss says little")
     if report.supervised == 0:

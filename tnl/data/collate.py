@@ -1,8 +1,10 @@
 """Records into tensors: end to end in one row, or padded side by side (the form to compare with)."""
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -17,23 +19,33 @@ def collate_rows(row: Sequence[Mapping[str, Any]], *, multiple: int = 1, pad_id:
     after the shift by one it would be learned from the record before. `multiple` fills up with pad_id as a segment of its own, not learned.
     Records that carry a number "draw" give dropout_keys, [1, T] int32: their tokens' masks are the same in any row (kernels/lora.py).
     """
-    ids: list[int] = []
-    labels: list[int] = []
-    positions: list[int] = []
-    for record in row:
-        size = len(record["input_ids"])
-        ids += record["input_ids"]
-        labels += [IGNORED, *record["labels"][1:]][:size]
-        positions += range(size)
-    fill = -len(ids) % multiple
-    ids += [pad_id] * fill
-    labels += [IGNORED] * fill
-    positions += range(fill)
-    batch = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels]), "position_ids": torch.tensor([positions])}
+    sizes = [len(record["input_ids"]) for record in row]
+    fill = -sum(sizes) % multiple
+    ids = torch.full((1, sum(sizes) + fill), pad_id)
+    labels = torch.full_like(ids, IGNORED)
+    for record, size, stop in zip(row, sizes, accumulate(sizes)):
+        start = stop - size
+        ids[0, start:stop] = as_tensor(record["input_ids"])
+        labels[0, start + 1 : stop] = as_tensor(record["labels"])[1:size]
+    positions = torch.cat([torch.arange(size) for size in (*sizes, fill)])[None]
+    batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
     if "draw" in row[0]:
         keys = [token_keys(record["draw"], torch.arange(len(record["input_ids"]))) for record in row]
         batch["dropout_keys"] = torch.cat([*keys, torch.zeros(fill, dtype=torch.int32)])[None]
     return batch
+
+
+def collate_long(record: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A record alone in its row, nothing made or copied: input_ids and labels [1, T] as the record holds them (its first label is never
+    learned), and its number "draw", where it has one. For long_sequence.py, which takes a segment at a time.
+    """
+    batch = {name: as_tensor(record[name])[None] for name in ("input_ids", "labels")}
+    return batch | ({"draw": torch.tensor(record["draw"])} if "draw" in record else {})
+
+
+def as_tensor(ids: Any) -> Tensor:
+    """Ids as a tensor: of an array, mapped or not, the same memory."""
+    return torch.from_numpy(numpy.asarray(ids))
 
 
 def collate_padded(records: Sequence[Mapping[str, Any]], pad_id: int, *, multiple: int = 1) -> dict[str, Tensor]:
@@ -48,8 +60,8 @@ def collate_padded(records: Sequence[Mapping[str, Any]], pad_id: int, *, multipl
     mask = torch.zeros(len(records), longest, dtype=torch.int64)
     for i, record in enumerate(records):
         size = len(record["input_ids"])
-        ids[i, :size] = torch.tensor(record["input_ids"])
-        labels[i, 1:size] = torch.tensor(record["labels"][1:], dtype=torch.int64)
+        ids[i, :size] = as_tensor(record["input_ids"])
+        labels[i, 1:size] = as_tensor(record["labels"])[1:]
         mask[i, :size] = 1
     batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
     if "draw" in records[0]:

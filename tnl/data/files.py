@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from tnl.data.pieces import PIECE
 from tnl.errors import DataError
 from tnl.paths import missing
 
@@ -17,7 +18,10 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 MAX_LINE = 32 * 1024 * 1024
 """Characters a line of text may have."""
 MAX_WHOLE = 512 * 1024 * 1024
-"""Bytes of a file that is read at once (.json, .txt)."""
+"""Bytes of a file that is read at once (.json, a transcript)."""
+
+LONG = 4 * 1024 * 1024
+"""Bytes of a plain text that is not held in memory."""
 
 BOMS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 HAN = re.compile("[\u4e00-\u9fff]{2,}")
@@ -122,6 +126,28 @@ def read_whole(path: Path, encoding: str | None) -> str:
         return file.read().replace("\r\n", "\n").replace("\r", "\n")
 
 
+@dataclass(frozen=True, slots=True)
+class TextFile:
+    """A text that stays in its file: its encoding is right, its line ends are read as \\n."""
+
+    path: Path
+    encoding: str | None
+
+    def blocks(self) -> Iterator[str]:
+        """The text in blocks of PIECE characters."""
+        with self.path.open(encoding=self.encoding or "utf-8-sig", errors="strict") as file:
+            while block := file.read(PIECE):
+                yield block
+
+
+def text_of(path: Path, encoding: str | None) -> str | TextFile:
+    """The text of a file of any size: where it is long, it is read when its turn comes."""
+    if path.stat().st_size <= LONG:
+        return read_whole(path, encoding)
+    check_encoding(path, encoding)
+    return TextFile(path, encoding)
+
+
 def lines_of(path: Path, encoding: str | None) -> Iterator[str]:
     """The lines with their ends, memory flat. Raises DataError at a line over the cap."""
     with open_text(path, encoding) as file:
@@ -129,7 +155,8 @@ def lines_of(path: Path, encoding: str | None) -> Iterator[str]:
         while line := file.readline(MAX_LINE + 1):
             number += 1
             if len(line) > MAX_LINE:
-                raise DataError(f"{path}:line {number}", f"is too long (more than {MAX_LINE:,} characters)", "Split the record.")
+                todo = "Split the record; a .txt file holds a text of any length."
+                raise DataError(f"{path}:line {number}", f"is too long (more than {MAX_LINE:,} characters)", todo)
             yield line
 
 

@@ -7,12 +7,12 @@ A record that is malformed ends the reading with its place; nothing is left out 
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tnl.data.files import Source, find_files, read_whole, source_of
+from tnl.data.files import Source, find_files, read_whole, source_of, text_of
 from tnl.data.messages import Message, Record, Role
 from tnl.data.rows import Row, rows_of, shown_keys, type_name
 from tnl.data.transcript import Line, Scenes, parse_transcript, persona_records, scenes_of_rows
@@ -170,22 +170,30 @@ def read_txt(
     path: Path, format: str, encoding: str | None, persona: str | None, reading: Reading, scenes: list[tuple[Path, Scenes]]
 ) -> None:
     """A .txt file: a transcript where the format or a persona says so, else one document."""
-    text = read_whole(path, encoding)
     if format not in ("auto", "text", "transcript"):
         raise DataError(path, f"a .txt file holds no {format} records", "Use text or transcript, or another file.")
-    if not text.strip():
-        raise DataError(path, "no records (the file is blank)", "Put text into it.")
     if format == "transcript" or (format == "auto" and persona):
+        text = read_whole(path, encoding)
+        require_text(path, [text])
         reading.formats.append("transcript")
         scenes.append((path, parse_transcript(text)))
         return
+    record = Record(f"{path}:record 1", text=text_of(path, encoding))
+    require_text(path, record.blocks())
     reading.formats.append("text")
     reading.rows += 1
-    reading.records.append(Record(f"{path}:record 1", text=text))
-    if format == "auto" and len(found := parse_transcript(text).speakers) >= 2 and found.total() > text.count("\n") // 2:
+    reading.records.append(record)
+    beginning = next(iter(record.blocks()))
+    if format == "auto" and len(found := parse_transcript(beginning).speakers) >= 2 and found.total() > beginning.count("\n") // 2:
         names = ", ".join(name for name, _ in found.most_common(4))
         looks = f"looks like a transcript ({names}); set data.persona to learn one of them"
         reading.notices.append(f"{path}: read as one plain document, but {looks}")
+
+
+def require_text(path: Path, blocks: Iterable[str]) -> None:
+    """Raise DataError where nothing but blanks is in the file."""
+    if not any(block.strip() for block in blocks):
+        raise DataError(path, "no records (the file is blank)", "Put text into it.")
 
 
 def read_rows(path: Path, format: str, mapper: Mapper, encoding: str | None, reading: Reading, scenes: list[tuple[Path, Scenes]]) -> None:
@@ -389,10 +397,15 @@ def add_transcripts(scenes: list[tuple[Path, Scenes]], persona: str | None, read
 
 def note_oddities(reading: Reading) -> None:
     """Say where U+FFFD stands, the mark that an earlier wrong decoding left, and where a placeholder was never filled in."""
-    texts = [(record.id, [record.text or "", *(m.content for m in record.messages)]) for record in reading.records]
-    damaged = [place for place, parts in texts if any("\ufffd" in part for part in parts)]
+    damaged, unfilled = list[str](), list[str]()
+    for record in reading.records:
+        broken, placeholder = False, None
+        for part in (m.content for m in record.messages) if record.text is None else record.blocks():
+            broken = broken or "\ufffd" in part
+            placeholder = placeholder or PLACEHOLDER.search(part)
+        damaged += [record.id] * broken
+        unfilled += [] if placeholder is None else [placeholder.group()]
     if damaged:
         reading.notices.append(f"{len(damaged)} records hold U+FFFD, left by an earlier wrong decoding (first: {damaged[0]})")
-    unfilled = [found.group() for _, parts in texts if (found := PLACEHOLDER.search("\n".join(parts)))]
     if unfilled:
         reading.notices.append(f"{len(unfilled)} records hold placeholders such as {unfilled[0]}, which are learned as they stand")

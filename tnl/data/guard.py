@@ -10,9 +10,10 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
+from tnl.data.pieces import PIECE, blocks_of, encode_blocks
 from tnl.errors import ModelError
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def encode_whole(sp: Any, text: str) -> list[int]:
     """Ids of a text on its own. Half a surrogate pair, which no file of ours can hold but a terminal can send, becomes U+FFFD."""
     if not text.isascii() and SURROGATE.search(text):
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return sp.encode(text)
+    return sp.encode(text) if len(text) < PIECE else list(chain.from_iterable(encode_blocks(sp, blocks_of(text))))
 
 
 def encode_inside(sp: Any, text: str) -> list[int]:

@@ -1,7 +1,11 @@
 """What every reader produces and every template takes: records of messages, or of plain text."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+
+from tnl.data.files import TextFile
+from tnl.data.pieces import blocks_of
 
 
 class Role(StrEnum):
@@ -35,5 +39,9 @@ class Record:
 
     id: str
     messages: tuple[Message, ...] = ()
-    text: str | None = None
+    text: str | TextFile | None = None
     scene: bool = False
+
+    def blocks(self) -> Iterable[str]:
+        """The plain text in blocks, read from its file one by one where it is long."""
+        return self.text.blocks() if isinstance(self.text, TextFile) else blocks_of(self.text or "")

@@ -8,12 +8,17 @@ No `<s>` is ever added. Content cannot yield the template's markers nor any cont
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any, Protocol
+
+import numpy
 
 from tnl.data.guard import Segment, guard_for
 from tnl.data.messages import Message, Role
+from tnl.data.pieces import blocks_of, encode_blocks
+from tnl.data.store import Ids
 from tnl.errors import DataError
 from tnl.kernels.reference import IGNORED
 
@@ -104,21 +109,21 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
     """Ids, and labels of the same length: the id where it is learned, else -100.
 
     `end`: the id to close a cut answer with; None where the template cuts it off as the tutorial does.
     """
 
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: Ids
+    labels: Ids
     end: int | None = None
 
     @property
     def supervised(self) -> int:
         """How many tokens are learned."""
-        return len(self.labels) - self.labels.count(IGNORED)
+        return int(numpy.count_nonzero(self.labels != IGNORED))
 
 
 def encode_conversation(messages: Sequence[Message], tokenizer: Tokenizer, template: Template, *, system: str | None = None) -> Encoded:
@@ -127,17 +132,22 @@ def encode_conversation(messages: Sequence[Message], tokenizer: Tokenizer, templ
     `system` stands where the messages bring no system turn of their own.
     Raises ValueError where the last message is not an assistant's; the readers refuse such records before.
     """
-    ids: list[int] = []
-    labels: list[int] = []
+    ids: list[Ids] = []
+    labels: list[Ids] = []
     guard = guard_for(tokenizer.sp_model, template)
     for segments, answer in parts(messages, template, system):
         if answer is None:
             raise ValueError("the last message of a training record is an assistant's")
-        prompt = guard.encode(segments)
-        reply = [*guard.encode_content(answer.content), tokenizer.eos_token_id]
-        ids += prompt + reply
-        labels += [IGNORED] * len(prompt) + (reply if answer.train else [IGNORED] * len(reply))
-    return Encoded(ids, labels, tokenizer.eos_token_id if template.keep_end else None)
+        prompt = array(guard.encode(segments))
+        reply = array([*guard.encode_content(answer.content), tokenizer.eos_token_id])
+        ids += [prompt, reply]
+        labels += [numpy.full_like(prompt, IGNORED), reply if answer.train else numpy.full_like(reply, IGNORED)]
+    return Encoded(numpy.concatenate(ids), numpy.concatenate(labels), tokenizer.eos_token_id if template.keep_end else None)
+
+
+def array(ids: Sequence[int]) -> Ids:
+    """Ids as a record holds them."""
+    return numpy.array(ids, dtype="<i4")
 
 
 def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer, template: Template, *, system: str | None = None) -> list[int]:
@@ -160,16 +170,25 @@ def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer, template: T
 
 def encode_text(text: str, tokenizer: Tokenizer) -> Encoded:
     """A plain document: the ids of the text and the end token, all supervised but the first, which nothing precedes."""
-    ids = [*tokenizer.sp_model.encode(text), tokenizer.eos_token_id]
-    return Encoded(ids, [IGNORED, *ids[1:]], tokenizer.eos_token_id)
+    stretches = list(encode_document(blocks_of(text), tokenizer, None))
+    ids, labels = ([getattr(stretch, name) for stretch in stretches] for name in ("input_ids", "labels"))
+    return Encoded(numpy.concatenate(ids), numpy.concatenate(labels), tokenizer.eos_token_id)
 
 
-def cut_text(encoded: Encoded, max_length: int | None) -> list[Encoded]:
-    """A document in pieces of at most max_length tokens, nothing lost; the end token closes the last alone."""
-    size = max_length or len(encoded.input_ids)
-    starts = range(0, len(encoded.input_ids), size)
-    pieces = [encoded.input_ids[start : start + size] for start in starts]
-    return [Encoded(piece, [IGNORED, *piece[1:]]) for piece in pieces if len(piece) > 1]
+def encode_document(blocks: Iterable[str], tokenizer: Tokenizer, max_length: int | None) -> Iterator[Encoded]:
+    """The same of a text of any length, in consecutive stretches; with max_length, as records of so many tokens, the end token closing
+    the last alone: the first token of each is not supervised.
+    """
+    at = 0
+    for ids in chain(encode_blocks(tokenizer.sp_model, blocks), [[tokenizer.eos_token_id]]):
+        stretch = array(ids)
+        labels = stretch.copy()
+        if max_length is None:
+            labels[: 1 if at == 0 else 0] = IGNORED
+        else:
+            labels[-at % max_length :: max_length] = IGNORED
+        at += len(stretch)
+        yield Encoded(stretch, labels)
 
 
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -189,13 +208,14 @@ def fit(encoded: Encoded, max_length: int | None, overlong: str = "truncate") ->
         return None
     if overlong == "error":
         raise DataError("", f"a record has {len(encoded.input_ids):,} tokens (max_length is {max_length:,})", "Raise data.max_length.")
-    ids, labels = encoded.input_ids[:max_length], encoded.labels[:max_length]
+    ids, labels = encoded.input_ids[:max_length].copy(), encoded.labels[:max_length].copy()
     if encoded.end is None:
         return Encoded(ids, labels)
     if labels[-1] != IGNORED:
         ids[-1] = labels[-1] = encoded.end
     else:
-        last = max((i for i, label in enumerate(labels) if label != IGNORED), default=max_length - 1)
+        learned = numpy.flatnonzero(labels != IGNORED)
+        last = int(learned[-1]) if len(learned) else max_length - 1
         ids, labels = ids[: last + 1], labels[: last + 1]
     return Encoded(ids, labels, encoded.end)
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 from torch import nn
 
 from tnl.data.template import Template, stop_ids
@@ -19,6 +20,8 @@ from tnl.storage import write_text
 COUNT = 4
 LONGEST_ANSWER = 64
 """Tokens: enough to hear a voice."""
+LONGEST_PASSAGE = 512
+"""Tokens of a plain text that ask, and of an answer that are shown."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +42,19 @@ def choose(
     samples: list[Sample] = []
     prompts: list[list[int]] = []
     for record in records:
-        ids, labels = record["input_ids"], record["labels"]
-        start = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
-        if start < 2:  # a plain text: its first half asks for the second
-            start = (len(ids) + 1) // 2
-        end = next((i for i in range(start, len(ids)) if labels[i] == IGNORED), len(ids))
-        if ids[:start] in prompts or start == len(ids):
+        ids = numpy.asarray(record["input_ids"])
+        learned = numpy.asarray(record["labels"]) != IGNORED
+        start = int(learned.argmax()) if learned.any() else len(ids)
+        if start < 2:  # a plain text: its first half asks for the second, of a long one the beginning for what follows
+            start = min((len(ids) + 1) // 2, LONGEST_PASSAGE)
+        answer = learned[start : start + LONGEST_PASSAGE]
+        end = start + (len(answer) if answer.all() else int(answer.argmin()))
+        asked = ids[:start].tolist()
+        if asked in prompts or start == len(ids):
             continue
-        prompts.append(ids[:start])
-        question = template.question(decode(tokenizer, ids[:start]))
-        samples.append(Sample(str(record["id"]), question, decode(tokenizer, ids[start:end])))
+        prompts.append(asked)
+        question = template.question(decode(tokenizer, asked))
+        samples.append(Sample(str(record["id"]), question, decode(tokenizer, ids[start:end].tolist())))
         if len(samples) == count:
             break
     return samples, prompts

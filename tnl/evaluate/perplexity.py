@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tnl.data.collate import collate_rows
+from tnl.data.collate import as_tensor, collate_rows
 from tnl.data.packing import pack
 from tnl.data.template import IGNORED
 from tnl.errors import DataError, MemoryBudgetError, NumbersError
@@ -59,7 +60,7 @@ def supervised_positions(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 def count_supervised(record: Mapping[str, Any]) -> int:
     """Tokens of a record that are predicted and learned: labels but the first, which nothing precedes."""
-    return sum(label != IGNORED for label in record["labels"][1:])
+    return int(numpy.count_nonzero(numpy.asarray(record["labels"])[1:] != IGNORED))
 
 
 def hidden_states(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> Tensor:
@@ -82,8 +83,8 @@ def loss(
 ) -> Perplexity:
     """Measure `model` on `records` ({"id", "input_ids", "labels"}), in rows of at most `row_budget` tokens (a longer record has one alone).
 
-    chunk: positions whose logits exist at once. Where memory runs out, both are halved. after_row is called after every row and may
-    raise to stop. Draws no random numbers and leaves the model's mode as it was. Raises DataError where nothing is supervised,
+    chunk: positions whose logits exist at once. Where memory runs out, both are halved. after_row is called after every row or segment
+    and may raise to stop. Draws no random numbers and leaves the model's mode as it was. Raises DataError where nothing is supervised,
     NumbersError naming the record whose loss is not finite, MemoryBudgetError.
     """
     while True:
@@ -105,61 +106,63 @@ def measure(
 ) -> Perplexity:
     """One attempt of `loss`."""
     device = next(model.parameters()).device
-    total, tokens = 0.0, 0
+    total, tokens = list[float](), 0
     by_position = stream.LossByPosition(device, stream.FIRST_BUCKET)
     # not inference_mode: FSDP2 makes the buffers here, at step 0, that it trains with later
     with evaluating(model), torch.no_grad():
         for row in pack(records, row_budget):
-            found = token_losses(model, row, device, chunk)
-            by_position.add(torch.cat([supervised_places(record) for record in row]), found)
-            losses = found.tolist()
-            sums = list(per_record(row, losses))
-            if not all(map(math.isfinite, sums)):
+            summed = torch.zeros_like(by_position.sums[0])
+            for positions, losses in token_losses(model, row, device, chunk, row_budget):
+                by_position.add(positions, losses)
+                summed, tokens = summed + losses.sum(dtype=summed.dtype), tokens + len(losses)
+                if after_row is not None:
+                    after_row()
+            if not math.isfinite(value := float(summed)):
                 raise not_finite(model, row, device, chunk)
-            total, tokens = total + math.fsum(sums), tokens + len(losses)
-            if after_row is not None:
-                after_row()
+            total.append(value)
     if not tokens:
         raise DataError("", f"none of the {len(records)} records has a supervised token", "Give records with an answer.")
     buckets = by_position.buckets()
-    return Perplexity(total / tokens, tokens, len(records), tuple(buckets) if len(buckets) > 1 else ())
+    return Perplexity(math.fsum(total) / tokens, tokens, len(records), tuple(buckets) if len(buckets) > 1 else ())
 
 
 def supervised_places(record: Mapping[str, Any]) -> Tensor:
     """[M]: where in the record its supervised tokens stand."""
-    return (torch.tensor(record["labels"][1:], dtype=torch.int64) != IGNORED).nonzero()[:, 0] + 1
+    return (as_tensor(record["labels"])[1:] != IGNORED).nonzero()[:, 0] + 1
 
 
 def not_finite(model: nn.Module, row: Sequence[Mapping[str, Any]], device: torch.device, chunk: int) -> NumbersError:
     """The error for a row whose losses are not finite; each record is measured alone, since one can spoil its neighbours."""
     for record in row:
-        value = float(token_losses(model, [record], device, chunk).sum())
+        value = loss_of(model, record, device, chunk)
         if not math.isfinite(value):
             return NumbersError(record["id"], f"the loss of this record is {value}", "Look at the record and at the model's weights.")
     return NumbersError(row[0]["id"], "the loss of this record and those after it is not finite", "Look at the model's weights.")
 
 
-def token_losses(model: nn.Module, row: Sequence[Mapping[str, Any]], device: torch.device, chunk: int = 1024) -> Tensor:
-    """Loss of every supervised token of a row, [M] float32, in order; a long record alone in its row is read by segments."""
-    if len(row) == 1 and len(row[0]["input_ids"]) > stream.SEGMENT:
-        parts = stream.token_losses(causal_lm(model), row[0]["input_ids"], row[0]["labels"], segment_length=stream.SEGMENT, chunk=chunk)
-        return torch.cat([torch.zeros(0, device=device), *(losses for _, losses in parts)])
+def token_losses(
+    model: nn.Module, row: Sequence[Mapping[str, Any]], device: torch.device, chunk: int = 1024, budget: int = stream.SEGMENT
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Places in their records [M] (on the CPU) and losses [M] of all supervised tokens of a row, in order; a record that is longer than
+    budget, alone in its row, is read by segments.
+    """
+    length = min(budget, stream.SEGMENT)
+    if len(row) == 1 and len(row[0]["input_ids"]) > length:
+        yield from stream.token_losses(causal_lm(model), row[0]["input_ids"], row[0]["labels"], segment_length=length, chunk=chunk)
+        return
     batch = collate_rows(row)
     index, targets = supervised_positions(batch)
     hidden = hidden_states(model, batch, device)[index.to(device)]
     head = causal_lm(model).get_output_embeddings()
     pieces = zip(hidden.split(chunk), targets.to(device).split(chunk))
     losses = [F.cross_entropy(head(x).float(), t, reduction="none") for x, t in pieces]
-    return torch.cat(losses) if losses else torch.zeros(0, device=device)
+    yield torch.cat([supervised_places(record) for record in row]), torch.cat(losses) if losses else torch.zeros(0, device=device)
 
 
-def per_record(row: Sequence[Mapping[str, Any]], losses: Sequence[float]) -> Iterator[float]:
-    """Sum of each record's token losses."""
-    at = 0
-    for record in row:
-        count = count_supervised(record)
-        yield math.fsum(losses[at : at + count]) if all(map(math.isfinite, losses[at : at + count])) else math.nan
-        at += count
+def loss_of(model: nn.Module, record: Mapping[str, Any], device: torch.device, chunk: int = 1024) -> float:
+    """Sum of one record's token losses, whatever it is."""
+    with evaluating(model), torch.no_grad():
+        return math.fsum(float(losses.sum()) for _, losses in token_losses(model, [record], device, chunk))
 
 
 @contextmanager

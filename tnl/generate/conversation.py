@@ -192,7 +192,7 @@ class Conversation:
 
     def _settled(self) -> tuple[TransnormerCache, list[int]]:
         """A cache that has read the turns exactly as a next prompt begins, the last end token included; and those ids."""
-        ids = encode_conversation(self.messages, self.tokenizer, self.template, system=self.system).input_ids
+        ids = encode_conversation(self.messages, self.tokenizer, self.template, system=self.system).input_ids.tolist()
         if self._state.ids == tuple(ids):
             return self._state.cache, ids
         start = self._start(ids)
@@ -207,7 +207,7 @@ class Conversation:
         try:
             system = kept.about["system"] and str(kept.about["system"])
             turns = [Message(Role(turn["role"]), str(turn["content"])) for turn in kept.about["messages"]]
-            sound = tuple(encode_conversation(turns, self.tokenizer, self.template, system=system).input_ids) == kept.ids
+            sound = tuple(encode_conversation(turns, self.tokenizer, self.template, system=system).input_ids.tolist()) == kept.ids
         except (KeyError, TypeError, ValueError):
             sound = False
         if not sound:

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AddedToken
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
+from tnl.data.pieces import fields
 from tnl.errors import ModelError
 
 VOCAB_FILE = "tokenizer.model"
@@ -131,33 +132,10 @@ def check_model_file(path: Path) -> None:
         data = path.read_bytes()
     except OSError as error:
         raise ModelError(path, f"cannot be read ({error.strerror})", "Download it again, or mend its permissions.") from error
-    fields: set[int] = set()
-    at = 0
     try:
-        while at < len(data):
-            tag, at = varint(data, at)
-            if tag & 7 != 2:
-                raise ValueError
-            size, at = varint(data, at)
-            at += size
-            fields.add(tag >> 3)
-        whole = at == len(data) and {1, 2, 3} <= fields
-    except (IndexError, ValueError):
+        whole = {1, 2, 3} <= {number for number, _ in fields(data)}
+    except ValueError:
         whole = False
     if not whole:
         todo = "Download it again; a git-lfs pointer is a text file of about 130 bytes."
         raise ModelError(path, f"is not a whole SentencePiece model (found {len(data):,} bytes)", todo)
-
-
-def varint(data: bytes, at: int) -> tuple[int, int]:
-    """A protobuf integer at `at`, and where it ends."""
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-        shift += 7
-        if shift > 63:
-            raise ValueError("no varint")

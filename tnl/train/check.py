@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -150,7 +151,7 @@ def coloured(record: dict[str, Any], tokenizer: Any, brackets: bool) -> Text:
     brackets: mark what is learned where there are no colours.
     """
     text = Text()
-    ids, labels = record["input_ids"], record["labels"]
+    ids, labels = (numpy.asarray(record[name]).tolist() for name in ("input_ids", "labels"))
     start = 0
     for end in range(1, len(ids) + 1):
         if end == len(ids) or (labels[end] == IGNORED) != (labels[start] == IGNORED):
@@ -163,7 +164,7 @@ def coloured(record: dict[str, Any], tokenizer: Any, brackets: bool) -> Text:
 
 def show_time(recipe: Recipe, base: Base, data: Dataset, layout: segments.Layout, epochs: float) -> None:
     """How long training will take here, without measuring and saving, from a calibration of a few seconds."""
-    lengths = [len(record["input_ids"]) for record in data.train]
+    lengths = lengths_of(data.train)
     longest = max(lengths)
     segment = layout.segment_length
     tokens = min(segment or layout.choice.budget or longest, sum(lengths))
@@ -186,7 +187,7 @@ def clock(seconds: float) -> str:
 
 def show_memory(recipe: Recipe, base: Base, data: Dataset, memory: float | None) -> segments.Layout:
     """What fits this machine, and common cards. Raises MemoryBudgetError where it does not fit this one."""
-    longest = max(len(record["input_ids"]) for record in [*data.train, *data.eval])
+    longest = max([*lengths_of(data.train), *lengths_of(data.eval)])
     device = base.device if memory is None else torch.device("cuda")
     card_dtype = torch.bfloat16 if recipe.lora else base.dtype
     dtype = base.dtype if device == base.device else card_dtype

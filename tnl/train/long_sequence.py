@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tnl.evaluate.perplexity import causal_lm, supervised_positions
+from tnl.kernels.lora import token_keys
 from tnl.model.state import TransnormerCache
 from tnl.model.stream import to_device
 from tnl.train.state_store import Offload, Placement, StateStore, on_host, place, state_bytes
@@ -31,7 +32,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 def streamed_backward(
     model: nn.Module,
-    batch: Batch,  # input_ids, labels and position_ids, each [1, T], as collate_rows makes them; on the CPU, memory-mapped or not
+    batch: Batch,  # as collate_long or collate_rows makes it, [1, T]; on the CPU, memory-mapped or not
     segment_length: int,
     loss: Loss,  # sum over hidden [M, D] and targets [M]
     *,
@@ -199,8 +200,8 @@ class _Stream:
         window = slice(segment.start, segment.stop)
         ids = to_device(self.batch["input_ids"][:, window].long(), self.device)
         positions = to_device(self.positions(segment).long(), self.device)
-        keys = self.batch.get("dropout_keys")
-        keys = None if keys is None else to_device(keys[:, window], self.device)
+        keys = self.dropout_keys(segment)
+        keys = None if keys is None else to_device(keys, self.device)
         out = self.inner(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, dropout_keys=keys)
         return out.last_hidden_state[0], cache.states  # type: ignore[return-value]
 
@@ -209,6 +210,13 @@ class _Stream:
         if "position_ids" in self.batch:
             return self.batch["position_ids"][:, segment.start : segment.stop]
         return torch.arange(segment.start, segment.stop)[None]
+
+    def dropout_keys(self, segment: Segment) -> Tensor | None:
+        """[1, T] int32: what each token's dropout mask is drawn from; made where the row has but one record."""
+        if "draw" in self.batch:
+            return token_keys(int(self.batch["draw"]), torch.arange(segment.start, segment.stop))[None]
+        keys = self.batch.get("dropout_keys")
+        return None if keys is None else keys[:, segment.start : segment.stop]
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tnl.data.collate import collate_padded, collate_rows
+from tnl.data.collate import collate_long, collate_padded, collate_rows
 from tnl.data.packing import pack
 from tnl.data.template import IGNORED
 from tnl.errors import DataError, MemoryBudgetError
@@ -82,12 +82,14 @@ class Rows:
         if self.padded is None:
             return [self.collate(row) for row in pack(records, self.budget)]
         whole = [record for record in records if not self.streams(len(record["input_ids"]))]
-        long = [collate_rows([record]) for record in records if self.streams(len(record["input_ids"]))]
+        long = [collate_long(record) for record in records if self.streams(len(record["input_ids"]))]
         return long + [collate_padded(whole[i : i + self.padded], self.pad_id) for i in range(0, len(whole), self.padded)]
 
     def collate(self, row: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """A packed row; one that is computed in segments is not filled up."""
+        """A packed row; one that is computed in segments is not filled up, and stays where it lies where it is one record."""
         whole = not self.streams(sum(len(record["input_ids"]) for record in row))
+        if not whole and len(row) == 1:
+            return collate_long(row[0])
         return collate_rows(row, multiple=self.multiple if whole else 1, pad_id=self.pad_id)
 
     def supervised(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -158,8 +158,7 @@ class TnlTrainer(Trainer):
 
     def loss_of(self, record: Record) -> float:
         """Sum of one record's token losses, whatever it is."""
-        with perplexity.evaluating(self.net), torch.no_grad():
-            return float(perplexity.token_losses(self.net, [record], self.args.device, self.rows.chunk).sum())
+        return perplexity.loss_of(self.net, record, self.args.device, self.rows.chunk)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         norm = self.guard.norm
