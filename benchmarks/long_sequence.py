@@ -26,9 +26,9 @@ from tnl.model.load import load_model
 from tnl.model.state import TransnormerCache
 from tnl.model.stream import prefill, token_losses
 from tnl.recipe.sections import LoraSection
-from tnl.train import lora
+from tnl.train import lora, recomputation
 from tnl.train.long_sequence import streamed_backward
-from tnl.train.step import Rows, enable_checkpointing, forward_backward, head_loss
+from tnl.train.step import Rows, forward_backward, head_loss
 
 RECIPE = """
 model: {{path: {model}, dtype: bfloat16}}
@@ -61,7 +61,7 @@ def agreement(folder: Path, lengths: list[int], segment: int) -> list[dict[str, 
                 for parameter_name, p in lora.trainable(model):
                     if "lora_B" in parameter_name:  # zeros would hide every gradient of lora_A
                         p.copy_(0.02 * torch.randn(p.shape, generator=generator))
-            enable_checkpointing(model)
+            recomputation.enable(model)
             if name == "streamed":
                 loss = partial(head_loss, model, rows=Rows(length))
                 streamed_backward(model, collate_rows([record]), segment, loss, supervised=length - 1, mode="lean")

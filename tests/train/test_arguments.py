@@ -47,7 +47,8 @@ def test_what_is_given_reaches_trainer() -> None:
         disable_tqdm=True,
     )
     assert (args.learning_rate, args.lr_scheduler_type, args.warmup_steps, args.weight_decay) == (3e-4, "cosine", 0.1, 0.1)
-    assert args.neftune_noise_alpha == 5 and args.seed == 7 and args.save_on_each_node and args.gradient_checkpointing
+    assert args.neftune_noise_alpha == 5 and args.seed == 7 and args.save_on_each_node
+    assert not args.gradient_checkpointing  # ours (recomputation.py), not Trainer's
     assert settings.save_total_limit == 1 and settings.plain
 
 
@@ -88,3 +89,10 @@ def test_values_that_cannot_act(fields: dict[str, Any], words: str) -> None:
 def test_bf16_means_the_weights() -> None:
     args, _ = build(bf16=True)
     assert not args.bf16 and arguments.asks_for_bfloat16(TrainSection(bf16=True)) and not arguments.asks_for_bfloat16(TrainSection())
+
+
+def test_options_of_recomputation_go_by_either_name() -> None:
+    options = {"use_reentrant": True}
+    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        assert arguments.recomputing(TrainSection(**{name: options})) == options  # type: ignore[arg-type]
+    assert arguments.recomputing(TrainSection()) is None

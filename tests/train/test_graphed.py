@@ -10,9 +10,9 @@ from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.recipe.sections import LoraSection
 from tnl.train import graphed as graphed_form
-from tnl.train import lora
+from tnl.train import lora, recomputation
 from tnl.train.graphed import Graphed, why_not
-from tnl.train.step import Rows, enable_checkpointing, step
+from tnl.train.step import Rows, step
 
 SIZES = {"vocab_size": 50, "decoder_embed_dim": 16, "hidden_dim": 16, "decoder_layers": 2, "decoder_attention_heads": 2, "glu_dim": 24}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -111,5 +111,5 @@ def test_what_cannot_be_recorded_on_a_gpu_is_named() -> None:
     hook = model.get_base_model().model.embed_tokens.register_forward_hook(lambda *args: None)
     assert "embed_tokens has a hook" in why_not(model)
     hook.remove()
-    enable_checkpointing(model)
+    recomputation.enable(model)
     assert why_not(model) == "layers are recomputed"

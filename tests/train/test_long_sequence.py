@@ -16,12 +16,12 @@ from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.model.state import TransnormerCache
 from tnl.recipe.sections import LoraSection
-from tnl.train import long_sequence, lora, plan, state_store
+from tnl.train import long_sequence, lora, plan, recomputation, state_store
 from tnl.train import run as training
 from tnl.train import step as steps
 from tnl.train.callbacks import read_metrics
 from tnl.train.long_sequence import chains, cut, streamed_backward
-from tnl.train.step import Rows, checkpoints, forward_backward, head_loss
+from tnl.train.step import Rows, forward_backward, head_loss
 
 torch.set_num_threads(1)
 SIZES = {"vocab_size": 50, "decoder_embed_dim": 16, "hidden_dim": 16, "decoder_layers": 2, "decoder_attention_heads": 2, "glu_dim": 24}
@@ -246,7 +246,7 @@ def test_the_mode_ends_with_the_row() -> None:
     model, batch = make_model(LORA), collate_rows(ONE)
     plain = [dict(vars(m)) for m in model.modules()]
     streamed(model, batch, 50, mode="lean")
-    assert not checkpoints(model) and [vars(m).keys() for m in model.modules()] == [v.keys() for v in plain]
+    assert not recomputation.enabled(model) and [vars(m).keys() for m in model.modules()] == [v.keys() for v in plain]
 
 
 def test_lean_holds_less(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +311,7 @@ def test_a_step_streams_what_is_longer_than_a_segment(layout: dict[str, Any], mo
     )
     for checkpointing in (False, True):
         if checkpointing:
-            steps.enable_checkpointing(model)
+            recomputation.enable(model)
         model.zero_grad(set_to_none=True)
         result = steps.step(model, records, Rows(40, segment_length=40, **layout))
         assert_same((float(result.loss), gradients(model)), (float(expected.loss), whole), 1e-10)
@@ -331,7 +331,7 @@ def test_out_of_memory_ends_in_segments(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(steps, "hidden_states", meagre)
     rows = Rows(4096, say=lines.append)
     loss = steps.step(model, records, rows, seed=1).loss
-    assert rows.segment_length == 704 and rows.budget == 704 and "segments of 704 tokens" in lines[-1] and checkpoints(model)
+    assert rows.segment_length == 704 and rows.budget == 704 and "segments of 704 tokens" in lines[-1] and recomputation.enabled(model)
     monkeypatch.undo()
     assert float(loss) == pytest.approx(float(steps.step(model, records, Rows(4096)).loss), rel=1e-4)
     restored = Rows(10)

@@ -14,7 +14,7 @@ import torch
 from tnl.errors import MemoryBudgetError
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.recipe.sections import LoraSection, TrainSection
-from tnl.train import host, plan
+from tnl.train import host, plan, recomputation
 from tnl.train.callbacks import read_metrics
 
 META, CPU = torch.device("meta"), torch.device("cpu")
@@ -65,7 +65,7 @@ def test_the_extrapolation_is_what_a_whole_trace_says() -> None:
         with torch.device("meta"):
             model = plan.build(config, section, torch.bfloat16, "reference").train()
         if recompute:
-            plan.enable_checkpointing(model)
+            recomputation.enable(model)
         for tokens in (300, 1800):
             assert guess.curve(recompute).at(tokens) == pytest.approx(plan.trace(model, tokens), rel=0.05)
 

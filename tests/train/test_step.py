@@ -12,7 +12,7 @@ from tnl.evaluate import perplexity
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.recipe.sections import LoraSection
-from tnl.train import lora
+from tnl.train import lora, recomputation
 from tnl.train import step as steps
 from tnl.train.step import Rows
 
@@ -123,8 +123,8 @@ def test_checkpointing_changes_nothing() -> None:
     model, records = make_model(LoraSection(r=2, lora_dropout=0.3)), make_records()
     steps.seed_all(3)
     expected = gradients(model, records)
-    steps.enable_checkpointing(model)
-    assert steps.checkpoints(model)
+    recomputation.enable(model)
+    assert recomputation.enabled(model)
     steps.seed_all(3)
     assert_same(gradients(model, records), expected)
 
@@ -165,7 +165,7 @@ class Meagre:
         self.plain, self.recomputed, self.real = plain, recomputed, steps.hidden_states
 
     def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
-        limit = self.recomputed if steps.checkpoints(model) else self.plain
+        limit = self.recomputed if recomputation.enabled(model) else self.plain
         if batch["input_ids"].numel() > limit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 320.00 MiB")
         return self.real(model, batch, device)

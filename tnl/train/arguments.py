@@ -56,6 +56,9 @@ ENGINES = ("fsdp", "fsdp_config", "deepspeed", *DDP)
 """What engine_choice.py reads."""
 OURS = ("save_total_limit", "load_best_model_at_end", "bf16", "gradient_accumulation_steps", *ENGINES, *NOT_TRANSFORMERS)
 
+RECOMPUTATION = ("gradient_checkpointing", "activation_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
+"""Ours as well: Trainer would put torch's form in the place of recomputation.py's."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -88,7 +91,7 @@ def build(section: TrainSection, where: Where, run: Path, device: torch.device, 
         plain=bool(given.get("disable_tqdm")),
     )
     insists = "eval_on_start" in section.model_fields_set
-    fields = {name: value for name, value in given.items() if name not in OURS}
+    fields = {name: value for name, value in given.items() if name not in (*OURS, *RECOMPUTATION)}
     fields |= {
         "output_dir": str(run),
         "per_device_train_batch_size": records,
@@ -103,7 +106,6 @@ def build(section: TrainSection, where: Where, run: Path, device: torch.device, 
         "logging_nan_inf_filter": False,
         "metric_for_best_model": section.metric_for_best_model or "eval_loss",
     }
-    rename_checkpointing(fields)
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports deepspeed where it is installed, which else looks for a card
     try:
@@ -162,17 +164,10 @@ def default_of(name: str) -> Any:
     return TrainSection.model_fields[name].default
 
 
-def rename_checkpointing(fields: dict[str, Any]) -> None:
-    """Since transformers 5.20 gradient checkpointing is called activation checkpointing, and the old name warns."""
-    if "activation_checkpointing" not in TrainingArguments.__dataclass_fields__:
-        return
-    for old, new in (
-        ("gradient_checkpointing", "activation_checkpointing"),
-        ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
-    ):
-        if old in fields:
-            value = fields.pop(old)
-            fields[new] = fields.get(new) if fields.get(new) is not None else value
+def recomputing(section: TrainSection) -> dict[str, Any] | None:
+    """What the recipe says of torch.utils.checkpoint, under either of its names in transformers."""
+    given = section.arguments()
+    return given.get("activation_checkpointing_kwargs") or given.get("gradient_checkpointing_kwargs")
 
 
 def asks_for_bfloat16(section: TrainSection) -> bool:

@@ -10,8 +10,8 @@ from torch import nn
 from tnl.evaluate.perplexity import causal_lm
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.recipe.sections import LoraSection
-from tnl.train import host, plan
-from tnl.train.step import Rows, enable_checkpointing, forward_backward
+from tnl.train import host, plan, recomputation
+from tnl.train.step import Rows, forward_backward
 
 CPU_WORK = 3e10
 """Operations that one timing may take on a CPU: its rows are shortened to that."""
@@ -56,7 +56,7 @@ def measure(
             model = plan.shallow_model(config, layers, section and plan.everywhere(section), dtype, str(device), backend)
             fill(model)
             if recompute:
-                enable_checkpointing(model)
+                recomputation.enable(model)
             times[layers] = timed(model, tokens, device)
     except torch.OutOfMemoryError:
         return None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tnl.evaluate.perplexity import causal_lm
 from tnl.kernels.graphs import Graphs
 from tnl.model.stream import to_device
+from tnl.train import recomputation
 
 MOST = 64
 """Shapes that are recorded; a run of more has the others computed eagerly."""
@@ -87,7 +88,7 @@ def why_not(model: nn.Module) -> str:
     base = causal_lm(model)
     if base.device.type != "cuda":
         return "there is no GPU"
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+    if recomputation.enabled(model):
         return "layers are recomputed"
     hooked = next((name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks), None)
     return "" if hooked is None else f"{hooked} has a hook (neftune_noise_alpha and its like)"

@@ -25,9 +25,9 @@ from tnl.evaluate.perplexity import causal_lm
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.recipe.sections import LoraSection, TrainSection
-from tnl.train import host, lora
+from tnl.train import host, lora, recomputation
 from tnl.train.places import Where
-from tnl.train.step import Rows, enable_checkpointing, forward_backward
+from tnl.train.step import Rows, forward_backward
 
 GIB = 1024**3
 CONTEXT = 0.75 * GIB
@@ -267,7 +267,7 @@ def traced(config_json: str, section_json: str | None, dtype: torch.dtype, recom
     for layers in (1, 2):
         model = shallow_model(config, layers, section, dtype, device, backend)
         if recompute:
-            enable_checkpointing(model)
+            recomputation.enable(model)
         peaks[layers] = [trace(model, tokens) for tokens in LENGTHS]
         del model
     return Curve(tuple((t, one + (config.decoder_layers - 1) * (two - one)) for t, one, two in zip(LENGTHS, peaks[1], peaks[2])))

@@ -32,7 +32,7 @@ from tnl.model.tokenization_baichuan import BaiChuanTokenizer
 from tnl.recipe.load import Recipe, dump, load
 from tnl.run_dir import RunDir, fingerprint, open_run
 from tnl.storage import staged, storage
-from tnl.train import arguments, callbacks, checkpoint, engine_choice, lora, order, plan, segments, together
+from tnl.train import arguments, callbacks, checkpoint, engine_choice, lora, order, plan, recomputation, segments, together
 from tnl.train.engines import Engine
 from tnl.train.graphed import Graphed
 from tnl.train.paths_taken import paths_taken, why_eager, words
@@ -96,6 +96,8 @@ def train(recipe: Recipe, memory: float | None, allow: Sequence[str] = ()) -> Ru
         say(order.words(recipe.train, len(units), settings.records_per_step, order.UNITS[recipe.data.packing]))
         loaded = load_model(base.folder, dtype=base.dtype, device=base.device, backend=recipe.model.backend)
         model = lora.attach(loaded, recipe.lora, recipe.where, recipe.train.seed, say)
+        if recipe.train.gradient_checkpointing:
+            recomputation.enable(model, arguments.recomputing(recipe.train), own=not engine.sharded)
     show_table(model)
     live = callbacks.Live(console, settings.plain)
     with together.held(crew, path, facts, allow) as (work, folder, notices), StopSignals() as stop, closing(live):

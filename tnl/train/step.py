@@ -32,6 +32,7 @@ from tnl.evaluate.perplexity import (
 )
 from tnl.kernels.linear_cross_entropy import linear_cross_entropy
 from tnl.model.stream import to_device
+from tnl.train import recomputation
 from tnl.train.crew import Crew
 from tnl.train.engines import Engine
 from tnl.train.graphed import Graphed
@@ -68,14 +69,14 @@ class Rows:
     def state(self, model: nn.Module) -> dict[str, Any]:
         """What a checkpoint keeps, so that a resumed run lays out its rows, and rounds, as before."""
         layout = {"budget": self.budget, "padded": self.padded, "chunk": self.chunk, "segment_length": self.segment_length}
-        return {**layout, "checkpointing": checkpoints(model)}
+        return {**layout, "checkpointing": recomputation.enabled(model)}
 
     def restore(self, state: dict[str, Any], model: nn.Module) -> None:
         """Take a checkpoint's layout."""
         self.budget, self.padded, self.chunk = state["budget"], state["padded"], state["chunk"]
         self.segment_length = state["segment_length"]
-        if state["checkpointing"] and not checkpoints(model):
-            enable_checkpointing(model)
+        if state["checkpointing"] and not recomputation.enabled(model):
+            recomputation.enable(model)
 
     def batches(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Tensor]]:
         """The rows as tensors on the CPU."""
@@ -115,8 +116,8 @@ class Rows:
         elif self.padded is None and len(records) > 1 and self.budget > max(longest, SMALLEST_BUDGET):
             self.budget = max(min(self.budget, sum(len(record["input_ids"]) for record in records)) // 2, SMALLEST_BUDGET)
             self.say(f"out of memory: from now on rows of at most {self.budget} tokens; the loss and its gradients stay the same")
-        elif not checkpoints(model):
-            enable_checkpointing(model)
+        elif not recomputation.enabled(model):
+            recomputation.enable(model)
             self.say("out of memory: from now on with train.gradient_checkpointing, a third slower; the gradients stay the same")
         elif min(longest, self.segment_length or longest) > SHORTEST_SEGMENT:
             self.segment_length = max(min(longest, self.segment_length or longest) // 2 // 64 * 64, SHORTEST_SEGMENT)
@@ -233,7 +234,7 @@ def row_loss(model: nn.Module, rows: Rows, batch: dict[str, Tensor], index: Tens
 def streamed(model: nn.Module, batch: dict[str, Tensor], rows: Rows, supervised: float) -> Tensor:
     """`forward_backward` of one row in segments; with gradient checkpointing on, layers are recomputed inside them."""
     loss = partial(head_loss, model, rows=rows)
-    mode, length = "lean" if checkpoints(model) else "fast", rows.segment_length or SHORTEST_SEGMENT
+    mode, length = "lean" if recomputation.enabled(model) else "fast", rows.segment_length or SHORTEST_SEGMENT
     return streamed_backward(model, batch, length, loss, supervised=supervised, offload=rows.offload, mode=mode)  # type: ignore[arg-type]
 
 
@@ -260,19 +261,6 @@ def plain_head(head: nn.Module, rows: Rows) -> bool:
 def module_loss(head: nn.Module, x: Tensor, targets: Tensor, smoothing: float) -> Tensor:
     """Sum of the cross entropies of head(x) [M, vocabulary] against targets [M], in float32."""
     return F.cross_entropy(head(x).float(), targets, reduction="sum", label_smoothing=smoothing)
-
-
-def checkpoints(model: nn.Module) -> bool:
-    """Whether layers are recomputed in the backward pass."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-
-
-def enable_checkpointing(model: nn.Module) -> None:
-    """Recompute every layer in the backward pass; adapters get their gradients although the embedding is frozen."""
-    base = causal_lm(model)
-    # the name since transformers 5.20; the old one warns there
-    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def seed_of(seed: int, position: int | str) -> int:

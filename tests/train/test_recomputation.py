@@ -1,0 +1,100 @@
+"""Recomputed layers against kept ones: the same bits, and no residual stream left between the passes."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tnl.model import modeling_transnormer
+from tnl.model.configuration_transnormer import TransnormerConfig
+from tnl.model.modeling_transnormer import TransnormerForCausalLM
+from tnl.recipe.sections import LoraSection
+from tnl.train import lora, recomputation
+from tnl.train.step import Rows, step
+
+SIZES = {"vocab_size": 50, "decoder_embed_dim": 16, "hidden_dim": 16, "decoder_layers": 3, "decoder_attention_heads": 2, "glu_dim": 24}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def make(device: str, section: LoraSection | None) -> nn.Module:
+    torch.manual_seed(0)
+    base = TransnormerForCausalLM(TransnormerConfig(**SIZES, linear_use_lrpe_list=[1, 0, 0]))
+    model = lora.attach(base, section, "recipe.yaml", 1, lambda line: None)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.1)
+    return model.to(device).train()
+
+
+def record(length: int, number: int) -> dict[str, Any]:
+    ids = torch.randint(3, 50, (length,), generator=torch.Generator().manual_seed(number)).tolist()
+    return {"id": f"r{number}", "input_ids": ids, "labels": ids}
+
+
+def gradients(model: nn.Module, rows: Rows) -> dict[str, torch.Tensor]:
+    step(model, [record(9, 1), record(30, 2), record(4, 3)], rows, seed=5)
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("budget", [1000, 32], ids=["one row", "several rows"])
+@pytest.mark.parametrize(
+    "section",
+    [
+        LoraSection(r=4, lora_dropout=0.3),
+        LoraSection(r=4, target_modules=["l1"], layers_to_transform=[1]),
+        LoraSection(use_dora=True),
+        None,
+    ],
+    ids=["every layer", "one layer", "DoRA", "every weight"],
+)
+def test_the_same_bits(device: str, budget: int, section: LoraSection | None) -> None:
+    expected = gradients(make(device, section), Rows(budget))
+    model = make(device, section)
+    recomputation.enable(model)
+    assert recomputation.enabled(model)
+    found = gradients(model, Rows(budget))
+    assert found.keys() == expected.keys() and found
+    for name, grad in found.items():
+        assert torch.equal(grad, expected[name]), name
+
+
+def test_every_layer_is_computed_twice_and_nothing_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen, real = make("cpu", LoraSection(r=4)), list[int](), modeling_transnormer.decoder_layer
+    recomputation.enable(model)
+    monkeypatch.setattr(
+        modeling_transnormer, "decoder_layer", lambda x, state, w, *rest: (seen.append(w.number), real(x, state, w, *rest))[1]
+    )
+    gradients(model, Rows(1000))
+    assert seen == [0, 1, 2, 2, 1, 0]
+    assert not model.get_base_model().model.layers[0]._gradient_checkpointing_func.args[0].store.kept
+
+
+def test_a_pass_that_was_cut_off_leaves_nothing_behind() -> None:
+    model = make("cpu", LoraSection(r=4, lora_dropout=0.0))
+    recomputation.enable(model)
+    expected = gradients(model, Rows(1000))
+    model.zero_grad()
+    model(input_ids=torch.arange(3, 20)[None])  # forward alone
+    found = gradients(model, Rows(1000))
+    assert all(torch.equal(found[name], grad) for name, grad in expected.items())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_residual_stream_waits_in_host_memory() -> None:
+    torch.manual_seed(0)
+    sizes = SIZES | {"decoder_layers": 12, "decoder_embed_dim": 256, "hidden_dim": 256, "glu_dim": 256}
+    peaks = {}
+    for own in (True, False):
+        base = TransnormerForCausalLM(TransnormerConfig(**sizes)).cuda().bfloat16()
+        model = lora.attach(base, LoraSection(r=4), "recipe.yaml", 1, lambda line: None).train()
+        recomputation.enable(model, own=own)
+        step(model, [record(4096, 1)], Rows(4096), seed=1)
+        model.zero_grad()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(model, [record(4096, 1)], Rows(4096), seed=1)
+        peaks[own] = torch.cuda.max_memory_allocated() - before
+    assert peaks[False] - peaks[True] > 8 * 4096 * 256 * 2  # most of the twelve layers' inputs
