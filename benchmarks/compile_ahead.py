@@ -39,7 +39,8 @@ def engine_for(job: Job) -> Engine:
     bank = Adapters(model)
     if kind == "adapters":
         bank.add(random_adapter(model, 0))
-    return Engine(model, tokenizer, adapters=bank, slots=1 if kind == "read" else slots, prefix_bytes=0)
+    writes = "deferred" if kind == "deferred" else "each-step"
+    return Engine(model, tokenizer, adapters=bank, slots=1 if kind == "read" else slots, prefix_bytes=0, state_writes=writes)
 
 
 def set_up(overlap: bool) -> None:
@@ -59,6 +60,8 @@ def compiled(job: Job) -> str:
                 steps._chunk(steps.sizes[-1], True, False)
             else:
                 steps._step(job[2], job[1] == "adapters")
+                if job[1] == "deferred":
+                    steps._settle()
     except Exception as error:
         return f"{job}: {type(error).__name__}: {str(error)[:200]}"
     return ""

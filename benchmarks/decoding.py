@@ -1,7 +1,7 @@
 """Tokens a second of the engine: decoding, prompts, first tokens, prefixes, adapters; parity first, and no figure without it.
 
     python benchmarks/decoding.py                    the 7B, all parts
-    python benchmarks/decoding.py --only slots       some of: slots first adapters prefill
+    python benchmarks/decoding.py --only deferred    some of: slots deferred first adapters prefill
     python benchmarks/decoding.py --search           times the blocks of tnl/kernels/skinny_linear.py against cuBLAS
     python benchmarks/decoding.py --overlap          kernels begin while the one before ends (Hopper)
 
@@ -25,7 +25,7 @@ from typing import Any
 import parts
 import torch
 from compile_ahead import ahead
-from decoding_parity import Forms, all_of, far, greedy, texts
+from decoding_parity import Forms, all_of, far, greedy, output_error, texts
 from random_model import TOKENIZER, in_memory, prompt, random_adapter
 from search_products import search
 
@@ -33,6 +33,7 @@ from tnl.generate.adapters import Adapters
 from tnl.generate.engine import Engine
 from tnl.generate.request import Request
 from tnl.kernels import skinny_linear
+from tnl.kernels.deferred import EVERY
 from tnl.model.tokenization_baichuan import BaiChuanTokenizer
 
 SLOTS = (1, 8, 32, 64, 128, 256)
@@ -46,6 +47,9 @@ GOALS = {  # figure -> goal, whether less is better
     "decode 32": (4600, False),
     "decode 128": (10500, False),
     "decode 256": (13500, False),
+    "decode 32, deferred": (5200, False),
+    "decode 256, deferred": (15000, False),
+    "output error of deferred writes": (0.003, True),
     **{f"prefill {length}": (39500, False) for length in LENGTHS},
     "first token of a 200-token prompt, ms": (15, True),
     "first token after a cached prefix of 65,536, ms": (10, True),
@@ -126,6 +130,7 @@ class Bench:
         self.size, self.check, self.counts, self.longest = options.model, not options.no_parity, tuple(options.slots), options.longest
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.say = say
+        self._engine: tuple[str, Engine] | None = None
         self.tokenizer = BaiChuanTokenizer.from_pretrained(TOKENIZER)
 
     @cached_property
@@ -136,11 +141,16 @@ class Bench:
     def model(self) -> Any:
         return in_memory(self.size, self.device, torch.bfloat16 if self.device == "cuda" else torch.float32, backend="triton")
 
-    @cached_property
-    def engine(self) -> Engine:
-        """All slots, without prefixes."""
-        gc.collect()  # engines and graphs of the parity checks, which hold one another
-        engine = Engine(self.model, self.tokenizer, slots=max(self.counts), prefix_bytes=0, queue=1024)
+    def engine(self, writes: str | None = None) -> Engine:
+        """All slots, without prefixes; the last one is kept, and is as good as any where nothing is asked of its writes."""
+        if self._engine is not None and writes in (None, self._engine[0]):
+            return self._engine[1]
+        self._engine, writes = None, writes or "each-step"
+        gc.collect()  # engines and graphs hold one another
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        engine = Engine(self.model, self.tokenizer, slots=max(self.counts), prefix_bytes=0, queue=1024, state_writes=writes)
+        self._engine = writes, engine
         begin = time.monotonic()
         engine.warm()
         print(f"every graph is there after {time.monotonic() - begin:.0f} s", flush=True)
@@ -157,27 +167,60 @@ class Bench:
 
     def slots(self) -> None:
         """Decoding at several numbers of slots, and far into a text."""
-        checked = tuple(count for count in CHECKED if count <= max(self.counts))
-        self.hold(lambda: self.forms.slots(checked), lambda: far(self.device), lambda: texts(self.device))
-        weights, state = weight_bytes(self.model), self.engine.slots.num_bytes / len(self.engine.slots)
+        self.hold(lambda: self.forms.slots(self.checked), lambda: far(self.device), lambda: texts(self.device))
+        engine = self.engine("each-step")
+        weights, state = weight_bytes(self.model), engine.slots.num_bytes / len(engine.slots)
         print(f"{weights / 1e9:.2f} GB of weights, {state / 1e6:.1f} MB of state a slot\n")
-        print("| slots | engine tok/s | graph tok/s | byte limit | share |\n|---|---|---|---|---|")
-        for count in self.counts:
-            through, alone = rate(self.engine, count)
-            limit = count / ((weights + 2 * state * count) / COPY)
-            print(f"| {count} | {through:.0f} | {alone:.0f} | {limit:.0f} | {through / limit:.0%} |", flush=True)
-            self.say(f"decode {count}", through)
-            self.say(f"decode {count}, graph", alone)
-        near, _ = rate(self.engine, 1)
-        distant, _ = rate(self.engine, 1, position=10**6)
+        self.rates(engine, self.counts, weights, 2 * state)
+        near, _ = rate(engine, 1)
+        distant, _ = rate(engine, 1, position=10**6)
         print(f"at position 1,000,000: {distant:.1f} tok/s, near the beginning {near:.1f}", flush=True)
         self.say("decode 1, far", distant)
         self.say("decode 1, far against near", abs(distant / near - 1))
 
+    def deferred(self) -> None:
+        """The same with states that are written every 24th token."""
+        outputs: list[float] = []
+        self.hold(
+            lambda: self.forms.slots(self.checked, "deferred", 60),
+            lambda: far(self.device, "deferred"),
+            lambda: texts(self.device, "deferred"),
+            lambda: output_error(self.device, outputs),
+        )
+        if outputs:
+            self.say("output error of deferred writes", max(outputs))
+        engine = self.engine("deferred")
+        state = 2 * sum(one.nbytes for one in engine.slots.states) / len(engine.slots)
+        print(f"{engine.slots.num_bytes / len(engine.slots) / 1e6:.1f} MB a slot\n")
+        # a copy of half the bytes is read; 23 tokens wait, 12 on the average; every 24th reads and writes the state, and writes the copy
+        tokens = 2 * sum(one.nbytes for layer in engine.slots.deferred for one in (layer.k, layer.v)) / len(engine.slots) / (2 * EVERY)
+        self.rates(
+            engine,
+            tuple(n for n in self.counts if n >= 32) or self.counts,
+            weight_bytes(self.model),
+            state / 4 + tokens * 12 + state * 1.25 / EVERY,
+            ", deferred",
+        )
+
+    @property
+    def checked(self) -> tuple[int, ...]:
+        """Numbers of slots that are held against the references."""
+        return tuple(count for count in CHECKED if count <= max(self.counts))
+
+    def rates(self, engine: Engine, counts: tuple[int, ...], weights: float, traffic: float, name: str = "") -> None:
+        """Print and keep the speed at so many slots; traffic: bytes that a slot's step reads and writes."""
+        print("| slots | engine tok/s | graph tok/s | byte limit | share |\n|---|---|---|---|---|")
+        for count in counts:
+            through, alone = rate(engine, count)
+            limit = count / ((weights + traffic * count) / COPY)
+            print(f"| {count} | {through:.0f} | {alone:.0f} | {limit:.0f} | {through / limit:.0%} |", flush=True)
+            self.say(f"decode {count}{name}", through)
+            self.say(f"decode {count}{name}, graph", alone)
+
     def first(self) -> None:
         """Time from submitting to the first token on the host."""
         self.hold(lambda: self.forms.prompts((5, 200)))
-        engine = self.engine
+        engine = self.engine()
 
         def waited(ids: tuple[int, ...]) -> float:
             ticket = engine.submit(Request(ids, greedy(2)))
@@ -201,7 +244,7 @@ class Bench:
     def adapters(self) -> None:
         """One adapter on one slot, and eight mixed in 64 slots, rank 8 on every projection."""
         self.hold(lambda: self.forms.adapters((1, 16, 64)))
-        engine: Engine = self.engine
+        engine = self.engine("each-step")
         bank: Adapters = engine.adapters
         keys = [bank.add(random_adapter(self.model, seed)) for seed in range(8)]
         merged = rate(engine, 64)[0]
@@ -216,7 +259,8 @@ class Bench:
     def prefill(self) -> None:
         """Prompts, read by chunks."""
         self.hold(lambda: self.forms.prompts((5, 200, 2048, 5000)))
-        steps, chunk = self.engine.steps, self.engine.chunk
+        engine = self.engine()
+        steps, chunk = engine.steps, engine.chunk
         for length in [length for length in LENGTHS if length <= self.longest]:
             ids, times = prompt(length, length), []
             for _ in range(3 if length < 100_000 else 1):
@@ -233,7 +277,7 @@ class Bench:
             self.say(f"prefill {length}", length / min(times))
 
 
-PARTS = ("slots", "first", "adapters", "prefill")
+PARTS = ("slots", "first", "adapters", "deferred", "prefill")
 
 
 def child(options: argparse.Namespace) -> int:
@@ -277,7 +321,7 @@ def main() -> int:
         out = options.out or Path(folder) / "figures.json"
         out.unlink(missing_ok=True)
         if torch.cuda.device_count():
-            ahead(options.model, tuple({"each-step", *(["adapters"] if "adapters" in options.only else [])}), options.overlap)
+            ahead(options.model, ("each-step", *(kind for kind in ("adapters", "deferred") if kind in options.only)), options.overlap)
         given = [word for word in ("--overlap", "--no-parity") if getattr(options, word[2:].replace("-", "_"))]
         given += ["--model", options.model, "--longest", str(options.longest), "--slots", *map(str, options.slots)]
         log = parts.supervise([sys.executable, __file__, *given], options.only, out, options.seconds - (time.monotonic() - start))

@@ -65,6 +65,10 @@ Adapters = Annotated[Path | None, typer.Option(help="A folder of adapters or run
 Runs = Annotated[Path | None, typer.Option(help="The folder of runs that GET /v1/runs shows; without it output/, if it is there.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="TNL_API_KEY", help="Whoever asks must give it.")]
 Slots = Annotated[int | None, typer.Option(min=1, help="Answers that run at a time.")]
+StateWrites = Annotated[
+    str,
+    typer.Option(help="each-step, or deferred: states are written every 24th token alone, for many slots; auto: from 64 slots of a GPU."),
+]
 Decorated = TypeVar("Decorated", bound=Callable[..., None])
 TALK: dict[str, tuple[Any, Any]] = {
     "system": (Annotated[str | None, typer.Option(help="The system prompt; without it that of the run.")], None),
@@ -169,12 +173,13 @@ def serve(
     merge: Annotated[bool, typer.Option(help="Merge a single adapter into its base; --no-merge serves both.")] = True,
     api_key: ApiKey = None,
     slots: Slots = None,
+    state_writes: StateWrites = "auto",
     **options: Any,
 ) -> None:
     """Answer OpenAI's API over HTTP: many conversations at a time, memory that does not grow."""
     if runs is None and Path("output").is_dir():
         runs = Path("output")
-    own = {"adapters": adapters, "runs": runs, "merge": merge, "api_key": api_key, "slots": slots}
+    own = {"adapters": adapters, "runs": runs, "merge": merge, "api_key": api_key, "slots": slots, "state_writes": state_writes}
     _call("serve", model_or_run, host, port, **own, **options)
 
 

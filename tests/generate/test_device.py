@@ -68,6 +68,22 @@ def test_answers_are_those_of_the_reference(model: Any, fused: Any, tokenizer: A
     assert engine.counts.generated_tokens == sum(one.tokens for answers in expected for one in answers) + 6
 
 
+def test_deferred_state_writes_say_the_same(model: Any, fused: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """Answers longer than what waits, at all times of life; and what is kept of a slot goes on as if everything had been read anew."""
+    long = Settings(do_sample=False, max_new_tokens=27)
+    requests = [Request((5, 9, 700), long), Request(tuple(range(40, 110)), GREEDY, n=2), Request((8, 9), long), Request((3,), long)]
+    expected = run(Engine(model, tokenizer), *requests)
+    engine = Engine(fused, tokenizer, slots=4, state_writes="deferred", poison=True)
+    same(run(engine, *requests), expected)
+    for answers, request in zip(expected, requests):
+        following = (*request.ids, *answers[0].ids, 50, 51)
+        ticket = engine.submit(Request(following, GREEDY))
+        while engine.step():
+            pass
+        assert ticket.cached_tokens == len(following) - 3  # all that the slot had read: the last token was drawn alone
+        same([ticket.answers], run(Engine(model, tokenizer), Request(following, GREEDY)))
+
+
 def test_few_rows_take_our_products(model: Any, fused: Any, tokenizer: Any, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_ops, "MOST", 32)
     answers = []

@@ -1,6 +1,7 @@
 import logging
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from tnl.data.template import TEMPLATES, encode_prompt, stop_ids
 from tnl.generate import draft
 from tnl.generate.conversation import Conversation
 from tnl.generate.decode import generate_ids
-from tnl.generate.engine import Engine
+from tnl.generate.engine import Engine, defers
 from tnl.generate.request import Answer, Closed, Piece, QueueFull, Request, Ticket
 from tnl.generate.sampling import Settings
 from tnl.model.load import load_model, load_tokenizer
@@ -267,6 +268,20 @@ def test_what_no_request_can_be(engine: Engine, request_: Request) -> None:
     assert engine.load["waiting"] == 0
 
 
+def test_when_states_are_written(model: Any, tokenizer: Any) -> None:
+    def deferred(dtype: torch.dtype, backend: str, **options: Any) -> bool:
+        weight = SimpleNamespace(dtype=dtype)
+        fake = SimpleNamespace(backend=backend, model=SimpleNamespace(embed_tokens=SimpleNamespace(weight=weight)))
+        return defers(options.get("writes", "auto"), fake, options.get("slots", 64))
+
+    assert deferred(torch.bfloat16, "triton") and not deferred(torch.bfloat16, "triton", slots=63)
+    assert not deferred(torch.float32, "triton") and not deferred(torch.bfloat16, "reference")
+    assert deferred(torch.float32, "reference", slots=1, writes="deferred") and not deferred(torch.bfloat16, "triton", writes="each-step")
+    with pytest.raises(ValueError, match="there are auto, each-step, deferred"):
+        Engine(model, tokenizer, state_writes="never")
+    assert not Engine(model, tokenizer).slots.deferred
+
+
 def test_prefixes_are_found_and_change_no_bit(model: Any, tokenizer: Any) -> None:
     system = tuple(range(100, 240))
     requests = [Request((*system, 300 + i, 301), GREEDY, logprobs=0) for i in range(4)]
@@ -302,8 +317,9 @@ def test_the_next_turn_reads_only_what_is_new(demo: tuple[Any, Any]) -> None:
     assert engine.prefixes.hits >= 2
 
 
-def test_a_conversation_is_saved_resumed_and_branched(model: Any, tokenizer: Any, tmp_path: Path) -> None:
-    engine = Engine(model, tokenizer)
+@pytest.mark.parametrize("writes", ["each-step", "deferred"])
+def test_a_conversation_is_saved_resumed_and_branched(model: Any, tokenizer: Any, tmp_path: Path, writes: str) -> None:
+    engine = Engine(model, tokenizer, state_writes=writes)
     said = Request(tuple(range(10, 60)), GREEDY)
     answer = run(engine, said)[0]
     ids = (*said.ids, *answer.ids[:-1])

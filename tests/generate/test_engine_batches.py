@@ -21,7 +21,12 @@ from tnl.model.load import load_model
 Plan = list[tuple[int, Request, int | None]]
 SYSTEM = tuple(range(400, 450))
 GREEDY = Settings(do_sample=False, max_new_tokens=9)
-CHOICES = (GREEDY, Settings(max_new_tokens=5), Settings(max_new_tokens=12, temperature=1.4, top_p=0.9, repetition_penalty=1.1))
+CHOICES = (
+    GREEDY,
+    Settings(max_new_tokens=5),
+    Settings(do_sample=False, max_new_tokens=30),
+    Settings(max_new_tokens=12, temperature=1.4, top_p=0.9, repetition_penalty=1.1),
+)
 
 
 class Bench(NamedTuple):
@@ -30,6 +35,7 @@ class Bench(NamedTuple):
     adapters: Adapters
     keys: list[str]
     alone: dict[Request, list[Answer]]
+    writes: str
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +64,24 @@ def keys(adapters: Adapters, folders: list[Path]) -> list[str]:
     return [adapters.load(folder) for folder in folders]
 
 
-@pytest.fixture(scope="module")
-def bench(model: Any, tokenizer: Any, adapters: Adapters, keys: list[str], alone: dict[Request, list[Answer]]) -> Bench:
-    return Bench(model, tokenizer, adapters, keys, alone)
+@pytest.fixture(scope="module", params=["each-step", "deferred"])
+def writes(request: pytest.FixtureRequest) -> str:
+    """When the engine writes its states."""
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def alone(model: Any, tokenizer: Any, adapters: Adapters) -> dict[Request, list[Answer]]:
+def bench(model: Any, tokenizer: Any, adapters: Adapters, keys: list[str], alone: dict[Request, list[Answer]], writes: str) -> Bench:
+    return Bench(model, tokenizer, adapters, keys, alone, writes)
+
+
+@pytest.fixture(scope="module")
+def alone(model: Any, tokenizer: Any, adapters: Adapters, writes: str) -> dict[Request, list[Answer]]:
     """What each request is answered by itself; filled as they come up."""
 
     class Alone(dict[Request, list[Answer]]):
         def __missing__(self, request: Request) -> list[Answer]:
-            self[request] = Engine(model, tokenizer, adapters=adapters, prefix_bytes=0).generate(request)
+            self[request] = Engine(model, tokenizer, adapters=adapters, prefix_bytes=0, state_writes=writes).generate(request)
             return self[request]
 
     return Alone()
@@ -97,7 +109,7 @@ def lives(draw: Any) -> Plan:
 
 
 def check(bench: Bench, plan: Plan) -> None:
-    engine = Engine(bench.model, bench.tokenizer, adapters=bench.adapters, poison=True, prefix_bytes=1 << 18)
+    engine = Engine(bench.model, bench.tokenizer, adapters=bench.adapters, poison=True, prefix_bytes=1 << 18, state_writes=bench.writes)
     tickets: list[tuple[Ticket, int | None]] = []
     for now in range(10_000):
         for start, request, leaves in plan:
@@ -119,6 +131,7 @@ def check(bench: Bench, plan: Plan) -> None:
                 assert answer == expected
     assert engine.load == {"waiting": 0, "reading": 0, "running": 0, "free": 8, "slots": 8}
     assert engine.prefixes.used <= 1 << 18 and not any(bench.adapters.users(key) for key in bench.keys)
+    assert all(bool(layer.copy.isnan().all()) for layer in engine.slots.deferred)
     assert all(bool(state.isnan().all()) for state in engine.slots.states)
 
 
@@ -148,12 +161,12 @@ def test_alone_it_is_what_generate_says(bench: Bench, base: Path, folders: list[
 
 
 @pytest.mark.slow
-def test_the_state_is_right_after_32k_tokens(model: Any, tokenizer: Any, base: Path) -> None:
+def test_the_state_is_right_after_32k_tokens(model: Any, tokenizer: Any, base: Path, writes: str) -> None:
     """Logits after 32,768 decoded tokens against one float64 pass over the same tokens.
 
     What is left is the rounding of a decay near 1 to float32, which every step repeats: 6e-8 x 32,768 = 2e-3 of the oldest tokens' share.
     """
-    engine = Engine(model, tokenizer, poison=True)
+    engine = Engine(model, tokenizer, poison=True, state_writes=writes)
     answer = engine.generate(Request((3, 4, 5), Settings(max_new_tokens=32_768), seed=1, logprobs=5))[0]
     exact = load_model(base, device="cpu", dtype="float64")
     with torch.inference_mode():
@@ -164,17 +177,17 @@ def test_the_state_is_right_after_32k_tokens(model: Any, tokenizer: Any, base: P
         assert [value for _, value in told.top] == pytest.approx(row.topk(5).values.tolist(), abs=2e-3)
 
 
-def test_bfloat16_has_the_same_bits_in_a_batch_and_drifts_little(tokenizer: Any, base: Path) -> None:
+def test_bfloat16_has_the_same_bits_in_a_batch_and_drifts_little(tokenizer: Any, base: Path, writes: str) -> None:
     """What a bfloat16 model says of its tokens is within 0.1 of what the same weights say in float32 (the demo model: 0.11)."""
     model, exact = (load_model(base, device="cpu", dtype=dtype) for dtype in ("bfloat16", "float32"))
     asked = [Request((i + 300, 50, 60 + i, 7), CHOICES[i % 3], seed=i, logprobs=2) for i in range(8)]
-    engine = Engine(model, tokenizer, poison=True)
+    engine = Engine(model, tokenizer, poison=True, state_writes=writes)
     tickets = [engine.submit(request) for request in asked]
     while engine.step():
         pass
     for ticket in tickets:
         answer, request = ticket.answers[0], ticket.request
-        assert answer == Engine(model, tokenizer).generate(request)[0]
+        assert answer == Engine(model, tokenizer, state_writes=writes).generate(request)[0]
         with torch.no_grad():
             logits = exact(torch.tensor([[*request.ids, *answer.ids]])).logits[0, 3:-1].log_softmax(-1)
         for told, row in zip(answer.logprobs, logits):

@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -6,6 +7,8 @@ from torch import Tensor
 
 from tnl.generate.decode import new_cache, prefill
 from tnl.generate.slots import Slots, head, read_chunk, state_shapes
+from tnl.kernels.deferred import EVERY
+from tnl.model.load import load_model
 
 IDS = torch.randint(3, 6000, (70,), generator=torch.Generator().manual_seed(4)).tolist()
 
@@ -58,6 +61,50 @@ def test_steps_equal_reading_at_once(model: Any) -> None:
         logits = slots.step(model, slots.bucket())
     torch.testing.assert_close(logits[slot, None], prefill(model, IDS[:10], new_cache(model)), atol=1e-4, rtol=1e-4)
     assert int(slots.seen[slot]) == 10
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_states_that_are_written_every_24th_token_are_the_same(base: Path, dtype: str) -> None:
+    """Two slots that came at different steps, settled in the middle; poison where nothing has been written is never seen."""
+    model = load_model(base, device="cpu", dtype=dtype)
+    plain, slots = Slots(model, 8), Slots(model, 8, deferred=True, poison=True)
+    bound = {"float32": 1e-4, "bfloat16": 3e-2}[dtype]
+    _, states = read(model, IDS)
+    for one in (plain, slots):
+        one.take()
+        one.put(0, states, len(IDS))
+    for step in range(60):
+        if step == 7:
+            for one in (plain, slots):
+                one.take()
+                one.put(1, states, len(IDS))
+        for one in (plain, slots):
+            one.ids[:2, 0] = torch.tensor([77 + step, 99 + step])
+        expected, found = plain.step(model, 8)[: 1 + (step >= 7)], slots.step(model, 8)[: 1 + (step >= 7)]
+        assert (found - expected).norm() < bound * expected.norm(), step
+        if step == 40:
+            slots.settle(torch.tensor([0]))
+        waiting = slots.rows(8)[0].waiting.tolist()
+        assert waiting[0] == ((step + 1) % EVERY if step < 40 else step - 40)
+        if step >= 7:
+            assert waiting[1] == (step - 6) % EVERY
+    slots.settle(torch.tensor([0, 1]))
+    for mine, theirs in zip(slots.states, plain.states):
+        assert (mine[:2] - theirs[:2]).norm() < bound * theirs[:2].norm()
+    assert all(layer.copy.dtype == (torch.bfloat16 if dtype == "bfloat16" else torch.float32) for layer in slots.deferred)
+
+
+def test_a_deferred_slot_is_zero_when_taken_and_poisoned_when_free(model: Any) -> None:
+    slots = Slots(model, 8, deferred=True, poison=True)
+    assert all(bool(x.isnan().all()) for layer in slots.deferred for x in layer[:4])
+    slot = slots.take()
+    assert not any(bool(x[slot].any()) for layer in slots.deferred for x in (layer.state, layer.copy))
+    assert all(bool(x[slot].isnan().all()) for layer in slots.deferred for x in (layer.k, layer.v))
+    assert int(slots.start[slot]) == int(slots.seen[slot]) == 0
+    slots.release(slot)
+    assert all(bool(x.isnan().all()) for layer in slots.deferred for x in layer[:4])
+    assert slots.num_bytes > Slots(model, 8).num_bytes
 
 
 def test_slots_are_zero_when_taken_and_poisoned_when_free(model: Any) -> None:

@@ -74,7 +74,8 @@ def configurations(thorough: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
 def decoding(thorough: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The kernels of a decoding step: every number of rows that has a plan of its own, adapters, LRPE, drawing."""
     from tnl.kernels import draw, skinny_linear
-    from tnl.kernels.lightning_step_gate import lightning_step_gate
+    from tnl.kernels.deferred import EVERY, Deferred
+    from tnl.kernels.lightning_step_gate import lightning_fold, lightning_step_gate
     from tnl.kernels.skinny_linear import LowRank, expand_, shrink
 
     def products(M: int, dtype: torch.dtype) -> None:
@@ -91,11 +92,15 @@ def decoding(thorough: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
         skinny_linear.skinny_linear(glu, l3, residual=x)
         expand_(glu, low)
 
-    def step(N: int, lrpe: bool, gate: bool) -> None:
-        turn = torch.empty(N, 32, 128)
-        state = torch.empty(N, 32, 256 if lrpe else 128, 128)
+    def step(N: int, lrpe: bool, gate: bool, dtype: torch.dtype | None) -> None:
+        K, turn, g = 256 if lrpe else 128, torch.empty(N, 32, 128), torch.empty(32)
+        state: Any = torch.empty(N, 32, K, 128)
+        if dtype is not None:
+            k, v = (torch.empty(N, 32, EVERY - 1, dim, dtype=torch.bfloat16) for dim in (K, 128))
+            state = Deferred(state, state.to(dtype), k, v, torch.empty(N, dtype=torch.long))
+            lightning_fold(state, g, torch.empty(1, dtype=torch.long))
         qkvu = torch.empty(N, 4 * 4096, dtype=torch.bfloat16)
-        lightning_step_gate(qkvu, state, torch.empty(32), torch.empty(N), (turn, turn) if lrpe else None, gate=gate)
+        lightning_step_gate(qkvu, state, g, torch.empty(N), (turn, turn) if lrpe else None, gate=gate)
 
     def drawing(dtype: torch.dtype, history: bool) -> None:
         ids = torch.empty(2, dtype=torch.long)
@@ -105,7 +110,8 @@ def decoding(thorough: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
     for M, dtype in ((1, torch.bfloat16), (16, torch.bfloat16)) if not thorough else itertools.product((1, 16, 32, 64), HALF_AND_SINGLE):
         yield f"products {M} {dtype}", lambda M=M, dtype=dtype: products(M, dtype)
     for N, lrpe, gate in ((1, False, True), (1, True, True), (64, False, False)):
-        yield f"step and gate {N} lrpe {lrpe}", lambda N=N, lrpe=lrpe, gate=gate: step(N, lrpe, gate)
+        for dtype in (None, torch.bfloat16, *([torch.float32] if thorough else [])):
+            yield f"step and gate {N} lrpe {lrpe} copy {dtype}", lambda a=(N, lrpe, gate, dtype): step(*a)
     for dtype in (torch.float32, torch.bfloat16):
         yield f"drawing {dtype}", lambda dtype=dtype: drawing(dtype, dtype == torch.float32)
 

@@ -6,7 +6,8 @@ import torch
 pytest.importorskip("triton", reason="no Triton for this platform")
 
 from tnl.kernels import reference
-from tnl.kernels.lightning_step_gate import lightning_step_gate
+from tnl.kernels.deferred import EVERY, Deferred, fold_
+from tnl.kernels.lightning_step_gate import lightning_fold, lightning_step_gate
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -49,6 +50,50 @@ def test_the_fused_step_is_the_reference(N: int, H: int, V: int, lrpe: bool, dty
     assert torch.equal(state, twin)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + [torch.bfloat16] * CUDA)
+@pytest.mark.parametrize(("N", "H", "V"), [(3, 2, 16), (2, 1, 24), pytest.param(9, 32, 16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lrpe", [False, True])
+def test_a_state_whose_writing_waits_is_the_reference(N: int, H: int, V: int, lrpe: bool, dtype: torch.dtype) -> None:
+    """Slots with nothing, something and all that may wait; what stands behind it is NaN and never seen."""
+    K, W = 2 * V if lrpe else V, EVERY - 1
+    g, state = -torch.rand(H, device=DEVICE), torch.randn(N, H, K, V, device=DEVICE)
+    waiting = torch.tensor([W, 0, *[5, W, 1, 22, 7, 9, 3]][:N], device=DEVICE)
+    there = (torch.arange(W, device=DEVICE) < waiting[:, None])[:, None, :, None]
+    k, v = (torch.where(there, torch.randn(N, H, W, dim, device=DEVICE), torch.nan).to(dtype) for dim in (K, V))
+    ours = Deferred(state.clone(), state.to(dtype), k, v, waiting)
+    exact = Deferred(*(x.double() for x in ours[:4]), waiting)
+    angle = torch.rand(N, 1, H, V, device=DEVICE) * 7
+    rotary = (angle.cos(), angle.sin()) if lrpe else None
+    live = torch.ones(N, device=DEVICE)
+    live[-1] = 0
+    before, on = Deferred(*(x.clone() for x in ours)), live.bool()
+    qkvu = torch.randn(N, 4 * H * V, device=DEVICE).to(dtype)
+    expected, _ = reference.attention_norm_gate(
+        qkvu.double()[:, None],
+        norm=lambda x: x,
+        activation="swish",
+        rotary=None if rotary is None else (rotary[0].double(), rotary[1].double()),
+        log_decay=g.double(),
+        segment_start=None,
+        real=live[:, None],
+        lengths=None,
+        initial_state=exact,
+    )
+    found, sums = lightning_step_gate(qkvu, ours, g, live, None if rotary is None else (rotary[0][:, 0], rotary[1][:, 0]))
+    assert (found.double() - expected[:, 0])[on].norm() < BOUND[dtype] * expected[:, 0][on].norm()
+    assert not found[~on].any() and not sums[~on].any()
+    for one, other, old in zip(ours[:4], exact[:4], before[:4]):
+        assert torch.equal(one[~on].nan_to_num(99), old[~on].nan_to_num(99))
+        assert torch.equal(one.isnan(), other.isnan())
+        assert (one.double() - other)[on].nan_to_num(0).norm() < BOUND[dtype] * other[on].nan_to_num(0).norm()
+    assert torch.equal(ours.copy[0], ours.state[0].to(dtype)) and not torch.equal(ours.state[0], before.state[0])
+
+    lightning_fold(ours, g, torch.tensor([1, N - 1], device=DEVICE))
+    fold_(exact, g.double(), torch.tensor([1, N - 1], device=DEVICE))
+    assert (ours.state.double() - exact.state).norm() < BOUND[dtype] * exact.state.norm()
+    assert torch.equal(ours.copy[-1], ours.state[-1].to(dtype))
+
+
 def test_a_layer_that_hardly_decays_forgets_as_it_should() -> None:
     """e^g in float32 is 1 or 1 - 6e-8; over many steps either would be far off g = -3.9e-8."""
     g = torch.tensor([-3.9e-8], device=DEVICE)
@@ -71,5 +116,8 @@ def test_bad_input_is_refused() -> None:
         lightning_step_gate(torch.zeros(2, 64, device=DEVICE), state, g, live)
     with pytest.raises(ValueError, match="in place"):
         lightning_step_gate(torch.zeros(2, 128, device=DEVICE), state.mT, g, live)
+    short = torch.zeros(2, 2, EVERY - 1, 8, device=DEVICE)
+    with pytest.raises(ValueError, match=r"k is .* it must be"):
+        lightning_step_gate(torch.zeros(2, 128, device=DEVICE), Deferred(state, state, short, short, live), g, live)
     with pytest.raises(ValueError, match="twice V"):
         lightning_step_gate(torch.zeros(2, 128, device=DEVICE), state, g, live, (torch.zeros(2, 2, 16), torch.zeros(2, 2, 16)))

@@ -112,6 +112,8 @@ class DeviceSteps:
         """The states while a chunk is read: a graph knows no other place."""
         self.tokens = torch.zeros(len(slots), dtype=torch.int32, device=device)
         """[slots]: what the last step has drawn."""
+        self.which = torch.zeros(1, dtype=torch.long, device=device)
+        """The slot whose states are settled."""
         self.history: Tensor | None = None
         """[slots, V] int32, once somebody wants penalties."""
         self._control, self._inputs = Uploads(self.control), Uploads(self.inputs)
@@ -122,6 +124,8 @@ class DeviceSteps:
 
     def warm(self) -> None:
         """Capture every shape of a base model's reading and decoding."""
+        if self.slots.deferred:
+            self._settle()
         for size in self.slots.buckets:
             self._step(size, False)
         for size in self.sizes:
@@ -175,7 +179,7 @@ class DeviceSteps:
     def first(self, logits: Tensor, states: States, seen: int, row: int, drafts: list[Draft]) -> Flight:
         for draft in drafts:
             self.slots.put(draft.slot, states, seen)
-            self._settle(draft, row)
+            self._set(draft, row)
         self._send([draft.slot for draft in drafts], drafts, len(self.slots))
         where = torch.tensor([draft.slot for draft in drafts])
         where = where.pin_memory().to(logits.device, non_blocking=True) if logits.is_cuda else where
@@ -198,8 +202,7 @@ class DeviceSteps:
             control, slots = self.control[:size], self.slots
             wrap, project = self._adapted(control[:, draw.ADAPTER], adapted)
             rows = Rows(slots.seen[:size, None], real=control[:, draw.LIVE : draw.LIVE + 1])
-            states = [state[:size] for state in slots.states]
-            hidden, _ = forward(self.model, slots.ids[:size], states, rows, wrap, self.forms.step)
+            hidden, _ = forward(self.model, slots.ids[:size], slots.rows(size), rows, wrap, self.forms.step)
             logits = self.forms.head(hidden[:, 0], self.model.model.final_norm, project)
             drawn = self.forms.draw(logits, control, slots.ids[:, 0], slots.seen, history=self.history, advance=True)
             self.tokens[:size].copy_(drawn)
@@ -207,7 +210,7 @@ class DeviceSteps:
 
         return self._prepared(("step", size, self.history is None), adapted, body)
 
-    def _settle(self, draft: Draft, row: int) -> None:
+    def _set(self, draft: Draft, row: int) -> None:
         """Write a slot's settings into the table, and what its prompt holds where penalties look at it."""
         settings = draft.settings
         warmth = 0.0 if settings.greedy else settings.temperature
@@ -263,6 +266,22 @@ class DeviceSteps:
         for one in state.states:
             one.record_stream(beside)
         return replace(state, states=copies, ready=event)
+
+    def states(self, slot: int) -> list[Tensor]:
+        if self.slots.deferred:
+            key = self._settle()
+            self.which.fill_(slot)
+            self.graphs.run(key)
+        return self.slots.views(slot)
+
+    def _settle(self) -> tuple[Any, ...]:
+        """Key of the graph that writes what waits into the states of the slot `which`."""
+
+        def body() -> Tensor:
+            self.slots.settle(self.which, self.forms.fold)
+            return self.which
+
+        return self._prepared(("settle",), False, body)
 
     def release(self, slot: int) -> None:
         self.table[slot] = 0

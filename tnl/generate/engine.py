@@ -27,6 +27,9 @@ from tnl.generate.request import Answer, Closed, Piece, QueueFull, Request, Tick
 from tnl.generate.slots import Slots
 
 log = logging.getLogger(__name__)
+STATE_WRITES = ("auto", "each-step", "deferred")
+DEFER_FROM = 64
+"""Slots."""
 READING = 4
 """Prompts that are read at a time, a chunk of each in turn: a long one does not keep short ones waiting."""
 
@@ -60,7 +63,8 @@ class Engine:
     """A model that answers many requests at once. `submit` from any thread; `start` runs it on a thread of its own, or call `step`.
 
     slots: answers that run at a time. chunk: tokens of a prompt read at once. prefix_bytes: host memory for prefix states.
-    queue: requests that may wait. poison: fill freed states with NaN, for tests.
+    queue: requests that may wait. state_writes: "each-step", "deferred" (`Slots`), or "auto": see `defers`.
+    poison: fill freed states with NaN, for tests. Raises ValueError for another word.
     """
 
     def __init__(
@@ -73,10 +77,11 @@ class Engine:
         chunk: int | None = None,
         prefix_bytes: int = 1 << 30,
         queue: int = 64,
+        state_writes: str = "auto",
         poison: bool = False,
     ) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.slots = Slots(model, slots, poison=poison)
+        self.slots = Slots(model, slots, deferred=defers(state_writes, model, slots), poison=poison)
         self.adapters = adapters or Adapters(model)
         self.chunk = chunk or (32 if self.slots.device.type == "cpu" else 2048)
         self.grid = min(self.chunk, 64)
@@ -353,7 +358,7 @@ class Engine:
         last, ticket = draft.last, draft.ticket
         assert last is not None
         if draft.ended_by is not None or last.finish == "length":
-            kept = self._state(draft.read, self.slots.views(draft.slot))
+            kept = self._state(draft.read, self.steps.states(draft.slot))
             if draft.outstanding:
                 draft.kept = kept
             else:
@@ -384,6 +389,18 @@ class Engine:
 
     def _state(self, ids: tuple[int, ...], states: Sequence[Tensor | None]) -> State:
         return State(tuple(ids), self.steps.keep([state for state in states if state is not None]))
+
+
+def defers(state_writes: str, model: Any, slots: int) -> bool:
+    """Whether states are written every 24th token alone.
+
+    auto: from 64 slots of a bfloat16 model on a GPU, where states are most of what a step reads and writes. It costs 0.1% of an
+    attention's output (`kernels.deferred`) and half as much memory again. Raises ValueError for a word that is none.
+    """
+    if state_writes not in STATE_WRITES:
+        raise ValueError(f'state_writes is "{state_writes}"; there are {", ".join(STATE_WRITES)}')
+    pays = slots >= DEFER_FROM and model.backend == "triton" and model.model.embed_tokens.weight.dtype == torch.bfloat16
+    return state_writes == "deferred" or (state_writes == "auto" and pays)
 
 
 def steps_for(model: Any, slots: Slots, adapters: Adapters, chunk: int, grid: int) -> Steps:

@@ -69,6 +69,10 @@ class Steps(Protocol):
         """Copies of states that stay as they are."""
         ...
 
+    def states(self, slot: int) -> list[Tensor]:
+        """A slot's states where they lie, with all that its answer has read."""
+        ...
+
     def release(self, slot: int) -> None:
         """The slot's answer has ended."""
         ...
@@ -136,6 +140,10 @@ class HostSteps:
 
     def keep(self, states: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple(state.to("cpu", copy=True) for state in states)
+
+    def states(self, slot: int) -> list[Tensor]:
+        self.slots.settle(torch.tensor([slot], device=self.slots.device))
+        return self.slots.views(slot)
 
     def release(self, slot: int) -> None:
         self.rows[slot] = 0

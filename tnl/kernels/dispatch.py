@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tnl.kernels import reference
+from tnl.kernels.deferred import Deferred
 from tnl.kernels.lora import Draw
 
 log = logging.getLogger(__name__)
@@ -30,8 +31,8 @@ class AttentionNormGate(Protocol):
         segment_start: Tensor | None,
         real: Tensor | None,
         lengths: Tensor | None,
-        initial_state: Tensor | None,
-    ) -> tuple[Any, Tensor]: ...
+        initial_state: Any,
+    ) -> tuple[Any, Any]: ...
 
 
 class NormProject(Protocol):
@@ -114,12 +115,15 @@ class Answering(NamedTuple):
     """hidden [B, D], norm, head -> logits [B, vocabulary] float32."""
     draw: Callable[..., Tensor]
     """`draw.draw_`."""
+    fold: Callable[[Deferred, Tensor, Tensor], None]
+    """`deferred.fold_`."""
 
 
 def answering(chosen: Ops) -> Answering:
     """The answering forms that belong to a model's operations, which are the Triton ones."""
     # see ops
     from tnl.kernels import draw, step_ops
+    from tnl.kernels.lightning_step_gate import lightning_fold
 
     step = Ops(
         chosen.backend,
@@ -130,7 +134,7 @@ def answering(chosen: Ops) -> Answering:
         step_ops.add_projection,
     )
     read = step._replace(norm_qkvu=step_ops.read_norm_qkvu, attention_norm_gate=step_ops.read_attention, norm_glu=step_ops.read_norm_glu)
-    return Answering(step, read, step_ops.head, draw.draw_)
+    return Answering(step, read, step_ops.head, draw.draw_, lightning_fold)
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:

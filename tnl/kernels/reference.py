@@ -11,11 +11,13 @@ memory and time grow linearly with T. Everything accumulates in float32, or in f
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tnl.kernels.deferred import Deferred, deferred_lightning_attention
 from tnl.kernels.lora import Draw, project
 
 IGNORED = -100
@@ -237,8 +239,8 @@ def attention_norm_gate(
     segment_start: Tensor | None,  # [B, T]
     real: Tensor | None,  # [B, T] bool: False where a token is padding
     lengths: Tensor | None,  # [B]: real tokens of a row, where padding follows them and the final state matters
-    initial_state: Tensor | None,  # [B, H, K, V]
-) -> tuple[Tensor, Tensor]:
+    initial_state: Tensor | Deferred | None,  # [B, H, K, V]; one whose writing waits is for T = 1, and is written in place
+) -> tuple[Tensor, Any]:
     """u * norm(attention(f(q), f(k), v)): [B, T, E], and the final state [B, H, K, V]."""
     heads = log_decay.shape[0]
     q, k, v, u = qkvu.chunk(4, -1)
@@ -247,6 +249,10 @@ def attention_norm_gate(
         q, k = act(q), act(k)
     if rotary is not None:
         q, k = linear_relative_position(q, rotary), linear_relative_position(k, rotary)
+    if isinstance(initial_state, Deferred):
+        live = None if real is None else real[:, 0]
+        o = deferred_lightning_attention(q[:, 0], k[:, 0], v[:, 0], log_decay, initial_state, live)
+        return u * norm(o.flatten(1)[:, None]), initial_state
     if real is not None:
         v = v * real[..., None, None]
     form = recurrent_lightning_attention if q.shape[1] == 1 else chunk_lightning_attention

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tnl.kernels import triton_ops
+from tnl.kernels import reference, triton_ops
+from tnl.kernels.deferred import Deferred
+from tnl.kernels.dispatch import AttentionNormGate
 from tnl.kernels.lightning_step_gate import lightning_step_gate
 from tnl.kernels.lora import Draw
 from tnl.kernels.reference import Projection
@@ -58,25 +60,27 @@ def attention_norm_gate(
     segment_start: Tensor | None,
     real: Tensor | None,  # [B, 1]: 0 or False where a slot is to stay as it is
     lengths: Tensor | None,
-    initial_state: Tensor | None,  # updated in place
-) -> tuple[Any, Tensor]:
+    initial_state: Tensor | Deferred,  # updated in place
+) -> tuple[Any, Any]:
     """As `reference.attention_norm_gate`; the first result is for `out_residual` of this module."""
     eps, state = eps_of(norm), initial_state
-    assert state is not None
     assert real is not None
     if eps is None or activation not in SILU:
-        mixed, new = triton_ops.attention_norm_gate(
+        waits = isinstance(state, Deferred)
+        form: AttentionNormGate = reference.attention_norm_gate if waits else triton_ops.attention_norm_gate
+        mixed, new = form(
             qkvu,
             norm=norm,
             activation=activation,
             rotary=rotary,
             log_decay=log_decay,
             segment_start=None,
-            real=None,
+            real=real if waits else None,
             lengths=None,
             initial_state=state,
         )
-        state.copy_(torch.where(real.bool()[..., None, None], new, state))
+        if isinstance(state, Tensor):
+            state.copy_(torch.where(real.bool()[..., None, None], new, state))
         return mixed, state
     flat = None if rotary is None else (rotary[0][:, 0], rotary[1][:, 0])
     # float16 could not hold u * o before its norm

@@ -1,10 +1,11 @@
 """One layer: the only place where its arithmetic stands. Training, decoding and streaming call it with their forms of the five ops."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tnl.kernels.deferred import Deferred
 from tnl.kernels.dispatch import Ops
 from tnl.kernels.lora import Draw
 from tnl.kernels.reference import Projection
@@ -49,11 +50,11 @@ def rotary_angles(theta: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple
 
 def decoder_layer(
     x: Tensor,  # [B, T, D]
-    state: Tensor | None,  # [B, H, K, V] float32: after the tokens before this call; None: zero
+    state: Tensor | Deferred | None,  # [B, H, K, V] float32: after the tokens before this call; None: zero
     weights: LayerWeights,
     rows: Rows,
     ops: Ops,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Any]:
     """h = x + mixer(norm(x)); h + glu(norm(h)) (arXiv:2307.14995, fig. 1). Returns [B, T, D] and the state after the last token."""
     rotary = None
     if weights.theta is not None:

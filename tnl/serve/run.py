@@ -25,7 +25,7 @@ from tnl.adapter.metadata import Metadata, tokenizer_hash
 from tnl.data.template import TEMPLATES
 from tnl.errors import RecipeError
 from tnl.generate.adapters import Adapters
-from tnl.generate.engine import Engine
+from tnl.generate.engine import STATE_WRITES, Engine
 from tnl.generate.resolve import Options, Talker, choose_settings, find, resolve
 from tnl.serve.app import Service, create_app
 from tnl.serve.catalog import NAME, RULE, Catalog, Served
@@ -53,6 +53,8 @@ class ServeOptions(Options, total=False):
     """Whoever asks must give it; None lets everybody."""
     slots: int | None
     """Answers that run at a time."""
+    state_writes: str | None
+    """When their states are written: auto, each-step or deferred (`Engine`)."""
     queue: int | None
     """Requests that may wait."""
     prefix_bytes: int | None
@@ -72,14 +74,17 @@ class Serving:
     merge: bool = True
     api_key: str | None = None
     slots: int = 8
+    state_writes: str = "auto"
     queue: int = 64
     prefix_bytes: int = 1 << 30
     limits: Limits = field(default_factory=Limits)
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Serving:
-        """From options by their names; those of `resolve` are left out."""
+        """From options by their names; those of `resolve` are left out. Raises RecipeError for a word that is none."""
         given = {name: value for name, value in options.items() if value is not None}
+        if (word := given.get("state_writes", "auto")) not in STATE_WRITES:
+            raise RecipeError("--state-writes", f'"{word}" is none', f"Give one of {', '.join(STATE_WRITES)}")
         bounds = {"max_tokens": "max_tokens", "max_prompt": "prompt"}
         limits = Limits(**{own: given[name] for name, own in bounds.items() if name in given})
         names = {one.name for one in fields(cls)} - {"limits"}
@@ -141,7 +146,15 @@ def prepare(model_or_run: str, serving: Serving, options: Mapping[str, Any]) -> 
         template = TEMPLATES[wanted.get("template") or "chatml"]
         served = Served(base, template, wanted.get("system"), choose_settings(Metadata(), weights))
     bank = Adapters(model)
-    engine = Engine(model, talker.tokenizer, adapters=bank, slots=serving.slots, prefix_bytes=serving.prefix_bytes, queue=serving.queue)
+    engine = Engine(
+        model,
+        talker.tokenizer,
+        adapters=bank,
+        slots=serving.slots,
+        state_writes=serving.state_writes,
+        prefix_bytes=serving.prefix_bytes,
+        queue=serving.queue,
+    )
     catalog = Catalog(served, bank, root=serving.adapters, tokenizer=tokenizer_hash(weights))
     if beside and adapter is not None:
         catalog.extra[served_name(model_or_run)] = adapter
