@@ -95,8 +95,7 @@ def test_version() -> None:
     assert tnl("--version").stdout.startswith("tnl 0.")
 
 
-OWN = {"adapters": None, "runs": None, "merge": False, "api_key": None, "slots": None, "state_writes": "auto"}
-SERVE = OWN | {name: default for name, (_, default) in cli.TALK.items()}
+SERVE = {"merge": False} | {name: default for name, (_, default) in (cli.SERVE | cli.TALK).items()}
 
 
 @pytest.mark.parametrize("command", list(cli.TARGETS))

@@ -61,14 +61,6 @@ Base = Annotated[str | None, typer.Option(help="The base model, where it is no l
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file such as those in recipes/.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Values that replace the recipe's.")]
 Talker = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A model's folder or repository, demo, or the folder of a run.")]
-Adapters = Annotated[Path | None, typer.Option(help="A folder of adapters or runs, each served by its name beside the base.")]
-Runs = Annotated[Path | None, typer.Option(help="The folder of runs that GET /v1/runs shows; without it output/, if it is there.")]
-ApiKey = Annotated[str | None, typer.Option(envvar="TNL_API_KEY", help="Whoever asks must give it.")]
-Slots = Annotated[int | None, typer.Option(min=1, help="Answers that run at a time.")]
-StateWrites = Annotated[
-    str,
-    typer.Option(help="each-step, or deferred: states are written every 24th token alone, for many slots; auto: from 64 slots of a GPU."),
-]
 Decorated = TypeVar("Decorated", bound=Callable[..., None])
 TALK: dict[str, tuple[Any, Any]] = {
     "system": (Annotated[str | None, typer.Option(help="The system prompt; without it that of the run.")], None),
@@ -81,16 +73,35 @@ TALK: dict[str, tuple[Any, Any]] = {
     "device": (Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")], "auto"),
     "dtype": (Annotated[str, typer.Option(help="auto, bfloat16 or float32.")], "auto"),
 }
-"""What chat, generate and serve have in common: name -> (type and help, default)."""
+"""What chat, generate, serve and page have in common: name -> (type and help, default)."""
+SERVE: dict[str, tuple[Any, Any]] = {
+    "adapters": (Annotated[Path | None, typer.Option(help="A folder of adapters or runs, each served by its name beside the base.")], None),
+    "runs": (
+        Annotated[Path | None, typer.Option(help="The folder of runs that GET /v1/runs shows; without it output/, if it is there.")],
+        None,
+    ),
+    "api_key": (Annotated[str | None, typer.Option(envvar="TNL_API_KEY", help="Whoever asks must give it.")], None),
+    "slots": (Annotated[int | None, typer.Option(min=1, help="Answers that run at a time.")], None),
+    "state_writes": (
+        Annotated[str, typer.Option(help="each-step; deferred: every 24th, for many slots; auto: so from 64 slots of a GPU.")],
+        "auto",
+    ),
+}
+"""What serve and page have in common besides."""
 
 
-def _talks(command: Decorated) -> Decorated:
-    """Replace a command's **options by those of TALK."""
-    own = [parameter for parameter in inspect.signature(command).parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
-    shared = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=TALK[name][1], annotation=TALK[name][0]) for name in TALK]
-    command.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *shared]}
-    return command
+def _takes(*tables: dict[str, tuple[Any, Any]]) -> Callable[[Decorated], Decorated]:
+    """Replace a command's **options by those of the tables."""
+    kind = inspect.Parameter.KEYWORD_ONLY
+    shared = [inspect.Parameter(name, kind, default=default, annotation=one) for table in tables for name, (one, default) in table.items()]
+
+    def decorate(command: Decorated) -> Decorated:
+        own = [one for one in inspect.signature(command).parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+        command.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *shared]}
+        return command
+
+    return decorate
 
 
 def _version(wanted: bool) -> None:
@@ -140,7 +151,7 @@ def check(recipe: RecipePath, overrides: Overrides = None, memory: Memory = None
 
 
 @app.command()
-@_talks
+@_takes(TALK)
 def chat(
     model_or_run: Talker,
     resume: Annotated[Path | None, typer.Option(metavar="FILE", help="Go on with a conversation that /save kept.")] = None,
@@ -151,7 +162,7 @@ def chat(
 
 
 @app.command()
-@_talks
+@_takes(TALK)
 def generate(
     model_or_run: Talker,
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The question.")] = None,
@@ -163,41 +174,30 @@ def generate(
 
 
 @app.command()
-@_talks
+@_takes(SERVE, TALK)
 def serve(
     model_or_run: Talker,
     host: Annotated[str, typer.Option(help="The address to listen on; anything but 127.0.0.1 can be reached from outside.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port.")] = 8000,
-    adapters: Adapters = None,
-    runs: Runs = None,
     merge: Annotated[bool, typer.Option(help="Merge a single adapter into its base; --no-merge serves both.")] = True,
-    api_key: ApiKey = None,
-    slots: Slots = None,
-    state_writes: StateWrites = "auto",
     **options: Any,
 ) -> None:
     """Answer OpenAI's API over HTTP: many conversations at a time, memory that does not grow."""
-    if runs is None and Path("output").is_dir():
-        runs = Path("output")
-    own = {"adapters": adapters, "runs": runs, "merge": merge, "api_key": api_key, "slots": slots, "state_writes": state_writes}
-    _call("serve", model_or_run, host, port, **own, **options)
+    if options["runs"] is None and Path("output").is_dir():
+        options["runs"] = Path("output")
+    _call("serve", model_or_run, host, port, merge=merge, **options)
 
 
 @app.command()
-@_talks
+@_takes(SERVE, TALK)
 def page(
     model_or_run: Annotated[str | None, typer.Argument(metavar="MODEL_OR_RUN", help="As for serve; left out with --server.")] = None,
     server: Annotated[str | None, typer.Option(metavar="URL", help="A server that runs, instead of one of its own.")] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="The page's port.")] = 8501,
-    adapters: Adapters = None,
-    runs: Runs = None,
-    api_key: ApiKey = None,
-    slots: Slots = None,
     **options: Any,
 ) -> None:
     """Chat in the browser, the adapter beside its base, and follow training; for this machine alone."""
-    own = {"adapters": adapters, "runs": runs, "slots": slots}
-    _call("page", model_or_run, server, port, api_key=api_key, **own, **options)
+    _call("page", model_or_run, server, port, **options)
 
 
 @app.command()
