@@ -168,7 +168,8 @@ def test_an_answer_with_an_adapter_is_the_merged_models(model: Any, tokenizer: A
     folders = [make_adapter("one"), make_adapter("two", seed=2, r=2)]
     adapters = Adapters(model)
     keys: list[str | None] = [None, *(adapters.load(folder) for folder in folders)]
-    engine = Engine(model, tokenizer, adapters=adapters, poison=True)
+    engine = Engine(model, tokenizer, adapters=adapters)
+    engine.slots.poison()
     tickets = [engine.submit(Request(IDS, GREEDY, adapter=key)) for key in keys * 3]
     while engine.step():
         pass

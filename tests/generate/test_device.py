@@ -41,6 +41,13 @@ def fused(base: Path) -> Any:
     return load_model(base, device=DEVICE, dtype="float32", backend="triton")
 
 
+def poisoned(*arguments: Any, **options: Any) -> Engine:
+    """An engine whose freed states are NaN."""
+    engine = Engine(*arguments, **options)
+    engine.slots.poison()
+    return engine
+
+
 def run(engine: Engine, *requests: Request) -> list[list[Answer]]:
     tickets = [engine.submit(request) for request in requests]
     while engine.step():
@@ -60,7 +67,7 @@ def same(found: list[list[Answer]], expected: list[list[Answer]]) -> None:
 
 def test_answers_are_those_of_the_reference(model: Any, fused: Any, tokenizer: Any) -> None:
     expected = run(Engine(model, tokenizer), *REQUESTS)
-    engine = Engine(fused, tokenizer, poison=True)
+    engine = poisoned(fused, tokenizer)
     assert engine.steps.ahead
     same(run(engine, *REQUESTS), expected)
     assert engine.load == {"waiting": 0, "reading": 0, "running": 0, "free": 8, "slots": 8}
@@ -73,7 +80,7 @@ def test_deferred_state_writes_say_the_same(model: Any, fused: Any, tokenizer: A
     long = Settings(do_sample=False, max_new_tokens=27)
     requests = [Request((5, 9, 700), long), Request(tuple(range(40, 110)), GREEDY, n=2), Request((8, 9), long), Request((3,), long)]
     expected = run(Engine(model, tokenizer), *requests)
-    engine = Engine(fused, tokenizer, slots=4, state_writes="deferred", poison=True)
+    engine = poisoned(fused, tokenizer, slots=4, state_writes="deferred")
     same(run(engine, *requests), expected)
     for answers, request in zip(expected, requests):
         following = (*request.ids, *answers[0].ids, 50, 51)

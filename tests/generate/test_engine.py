@@ -24,6 +24,13 @@ GREEDY = Settings(do_sample=False, max_new_tokens=24)
 CHATML = TEMPLATES["chatml"]
 
 
+def poisoned(*arguments: Any, **options: Any) -> Engine:
+    """An engine whose freed states are NaN."""
+    engine = Engine(*arguments, **options)
+    engine.slots.poison()
+    return engine
+
+
 def run(engine: Engine, *requests: Request) -> list[Answer]:
     """The first answer of each, all at once."""
     tickets = [engine.submit(request) for request in requests]
@@ -34,7 +41,7 @@ def run(engine: Engine, *requests: Request) -> list[Answer]:
 
 @pytest.fixture
 def engine(model: Any, tokenizer: Any) -> Engine:
-    return Engine(model, tokenizer, poison=True)
+    return poisoned(model, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +53,7 @@ def demo() -> tuple[Any, Any]:
 def test_golden_answers(name: str) -> None:
     expected = load_file(GOLDEN / name / "expected.safetensors")
     model = load_model(GOLDEN / name, device="cpu")
-    engine = Engine(model, BaiChuanTokenizer.from_pretrained(GOLDEN / "tokenizer"), poison=True)
+    engine = poisoned(model, BaiChuanTokenizer.from_pretrained(GOLDEN / "tokenizer"))
     answer = expected["greedy_ids"][0].tolist()
     request = Request(tuple(expected["prompt_ids"][0].tolist()), Settings(do_sample=False, max_new_tokens=len(answer)))
     others = [Request(tuple(row.tolist()), GREEDY) for row in expected["input_ids"]]
@@ -55,7 +62,7 @@ def test_golden_answers(name: str) -> None:
 
 def test_the_demo_model_says_in_a_full_batch_what_chat_says(demo: tuple[Any, Any]) -> None:
     model, tokenizer = demo
-    engine = Engine(model, tokenizer, poison=True)
+    engine = poisoned(model, tokenizer)
     questions = [
         "你是谁？",
         "曹操是谁？",
@@ -99,7 +106,7 @@ def test_the_same_seed_gives_the_same_bits_alone_and_in_a_full_batch(model: Any,
     torch.set_num_threads(threads)
     try:
         requests = [Request((i + 3, 50, 60 + i), SETTINGS[i % len(SETTINGS)], seed=i, logprobs=2) for i in range(12)]
-        together = run(Engine(model, tokenizer, poison=True), *requests)
+        together = run(poisoned(model, tokenizer), *requests)
         assert together == [run(Engine(model, tokenizer), request)[0] for request in requests]
         assert len({tuple(answer.ids) for answer in together}) == 12
     finally:
@@ -185,7 +192,7 @@ def test_whatever_goes_wrong_in_one_request_stays_there(
     caplog.set_level(logging.CRITICAL)
     requests = [Request((i + 3, 50), Settings(do_sample=False, max_new_tokens=8 + i)) for i in range(4)]
     expected = run(Engine(model, tokenizer), *requests)
-    engine = Engine(model, tokenizer, poison=True)
+    engine = poisoned(model, tokenizer)
     tickets: list[Ticket] = []
 
     def fault(owner: Any, name: str, concerns: Any) -> None:

@@ -29,6 +29,13 @@ CHOICES = (
 )
 
 
+def poisoned(*arguments: Any, **options: Any) -> Engine:
+    """An engine whose freed states are NaN."""
+    engine = Engine(*arguments, **options)
+    engine.slots.poison()
+    return engine
+
+
 class Bench(NamedTuple):
     model: Any
     tokenizer: Any
@@ -109,7 +116,7 @@ def lives(draw: Any) -> Plan:
 
 
 def check(bench: Bench, plan: Plan) -> None:
-    engine = Engine(bench.model, bench.tokenizer, adapters=bench.adapters, poison=True, prefix_bytes=1 << 18, state_writes=bench.writes)
+    engine = poisoned(bench.model, bench.tokenizer, adapters=bench.adapters, prefix_bytes=1 << 18, state_writes=bench.writes)
     tickets: list[tuple[Ticket, int | None]] = []
     for now in range(10_000):
         for start, request, leaves in plan:
@@ -166,7 +173,7 @@ def test_the_state_is_right_after_32k_tokens(model: Any, tokenizer: Any, base: P
 
     What is left is the rounding of a decay near 1 to float32, which every step repeats: 6e-8 x 32,768 = 2e-3 of the oldest tokens' share.
     """
-    engine = Engine(model, tokenizer, poison=True, state_writes=writes)
+    engine = poisoned(model, tokenizer, state_writes=writes)
     answer = engine.generate(Request((3, 4, 5), Settings(max_new_tokens=32_768), seed=1, logprobs=5))[0]
     exact = load_model(base, device="cpu", dtype="float64")
     with torch.inference_mode():
@@ -181,7 +188,7 @@ def test_bfloat16_has_the_same_bits_in_a_batch_and_drifts_little(tokenizer: Any,
     """What a bfloat16 model says of its tokens is within 0.1 of what the same weights say in float32 (the demo model: 0.11)."""
     model, exact = (load_model(base, device="cpu", dtype=dtype) for dtype in ("bfloat16", "float32"))
     asked = [Request((i + 300, 50, 60 + i, 7), CHOICES[i % 3], seed=i, logprobs=2) for i in range(8)]
-    engine = Engine(model, tokenizer, poison=True, state_writes=writes)
+    engine = poisoned(model, tokenizer, state_writes=writes)
     tickets = [engine.submit(request) for request in asked]
     while engine.step():
         pass

@@ -13,6 +13,13 @@ from tnl.model.load import load_model
 IDS = torch.randint(3, 6000, (70,), generator=torch.Generator().manual_seed(4)).tolist()
 
 
+def poisoned(*arguments: Any, **options: Any) -> Slots:
+    """Slots whose freed states are NaN."""
+    slots = Slots(*arguments, **options)
+    slots.poison()
+    return slots
+
+
 def read(model: Any, ids: list[int], size: int = 32) -> tuple[Tensor, list[Tensor]]:
     hidden, states = torch.empty(0), [None] * len(state_shapes(model.config))
     for start in range(0, len(ids), size):
@@ -68,7 +75,7 @@ def test_steps_equal_reading_at_once(model: Any) -> None:
 def test_states_that_are_written_every_24th_token_are_the_same(base: Path, dtype: str) -> None:
     """Two slots that came at different steps, settled in the middle; poison where nothing has been written is never seen."""
     model = load_model(base, device="cpu", dtype=dtype)
-    plain, slots = Slots(model, 8), Slots(model, 8, deferred=True, poison=True)
+    plain, slots = Slots(model, 8), poisoned(model, 8, deferred=True)
     bound = {"float32": 1e-4, "bfloat16": 3e-2}[dtype]
     _, states = read(model, IDS)
     for one in (plain, slots):
@@ -96,7 +103,7 @@ def test_states_that_are_written_every_24th_token_are_the_same(base: Path, dtype
 
 
 def test_a_deferred_slot_is_zero_when_taken_and_poisoned_when_free(model: Any) -> None:
-    slots = Slots(model, 8, deferred=True, poison=True)
+    slots = poisoned(model, 8, deferred=True)
     assert all(bool(x.isnan().all()) for layer in slots.deferred for x in layer[:4])
     slot = slots.take()
     assert not any(bool(x[slot].any()) for layer in slots.deferred for x in (layer.state, layer.copy))
@@ -108,7 +115,7 @@ def test_a_deferred_slot_is_zero_when_taken_and_poisoned_when_free(model: Any) -
 
 
 def test_slots_are_zero_when_taken_and_poisoned_when_free(model: Any) -> None:
-    slots = Slots(model, 8, poison=True)
+    slots = poisoned(model, 8)
     assert all(bool(state.isnan().all()) for state in slots.states)
     first, second = slots.take(), slots.take()
     assert (first, second, slots.free) == (0, 1, 6)

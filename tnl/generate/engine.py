@@ -63,8 +63,7 @@ class Engine:
     """A model that answers many requests at once. `submit` from any thread; `start` runs it on a thread of its own, or call `step`.
 
     slots: answers that run at a time. chunk: tokens of a prompt read at once. prefix_bytes: host memory for prefix states.
-    queue: requests that may wait. state_writes: "each-step", "deferred" (`Slots`), or "auto": see `defers`.
-    poison: fill freed states with NaN, for tests. Raises ValueError for another word.
+    queue: requests that may wait. state_writes: "each-step", "deferred" (`Slots`), or "auto": see `defers`; ValueError for another word.
     """
 
     def __init__(
@@ -78,10 +77,9 @@ class Engine:
         prefix_bytes: int = 1 << 30,
         queue: int = 64,
         state_writes: str = "auto",
-        poison: bool = False,
     ) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.slots = Slots(model, slots, deferred=defers(state_writes, model, slots), poison=poison)
+        self.slots = Slots(model, slots, deferred=defers(state_writes, model, slots))
         self.adapters = adapters or Adapters(model)
         self.chunk = chunk or (32 if self.slots.device.type == "cpu" else 2048)
         self.grid = min(self.chunk, 64)

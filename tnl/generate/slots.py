@@ -66,10 +66,9 @@ class Slots:
     deferred: a state is written every 24th token alone (`kernels.deferred`), counted from where its prompt ended, so that what an
     answer is told does not depend on its slot and those that came at different steps write at different steps. A bfloat16 model
     reads a bfloat16 copy of it. Then `states` are what they were some tokens ago, until `settle`.
-    poison: freed states are filled with NaN until they are taken again; for tests.
     """
 
-    def __init__(self, model: Any, count: int, *, deferred: bool = False, poison: bool = False) -> None:
+    def __init__(self, model: Any, count: int, *, deferred: bool = False) -> None:
         weight = model.model.embed_tokens.weight
         self.device = weight.device
         self.count = -(-count // 8) * 8 if self.device.type == "cpu" else count
@@ -87,10 +86,13 @@ class Slots:
         powers = [1 << i for i in range(self.count.bit_length()) if 1 << i < self.count]
         self.buckets = [self.count] if self.device.type == "cpu" else [*powers, self.count]
         self._free = list(range(self.count))
-        self._poison = poison
+        self._poison = False
         self._used: set[int] = set()
-        if poison:
-            self._fill(slice(None), torch.nan)
+
+    def poison(self) -> None:
+        """Fill states with NaN whenever they are free; for tests, before the first is taken."""
+        self._poison = True
+        self._fill(slice(None), torch.nan)
 
     def __len__(self) -> int:
         return self.count
