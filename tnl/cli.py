@@ -86,6 +86,10 @@ SERVE: dict[str, tuple[Any, Any]] = {
         Annotated[str, typer.Option(help="each-step; deferred: every 24th, for many slots; auto: so from 64 slots of a GPU.")],
         "auto",
     ),
+    "queue": (Annotated[int | None, typer.Option(min=0, help="Requests that may wait; more get 429.")], None),
+    "prefix_bytes": (Annotated[int | None, typer.Option(min=0, help="Memory for the states of prompts' beginnings.")], None),
+    "max_prompt": (Annotated[int | None, typer.Option(min=1, help="Tokens a prompt may have; 32,768 without it.")], None),
+    "max_tokens": (Annotated[int | None, typer.Option(min=1, help="Tokens an answer may be asked to have; 4,096 without it.")], None),
 }
 """What serve and page have in common besides."""
 

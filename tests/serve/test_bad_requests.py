@@ -275,6 +275,19 @@ def test_fuzz(live: Any) -> None:
     walk(live, 400, 1)
 
 
+def test_memory_is_flat_whatever_bodies_hold(live: Any) -> None:
+    """Megabytes of stop texts, of brackets, of numbers, of keys: nothing of them stays."""
+    large = [*BODIES.values(), *(json.dumps({**ASK, "stop": stop}).encode() for stop in ("x" * 1_000_000, ["x"] * 100_000))]
+    large += [json.dumps({**ASK, "messages": [USER] * 10_000}).encode(), b"{" + b" " * (2 << 20) + b"}"]
+    with live.client() as client:
+        for time_ in range(12):
+            for body in large:
+                assert client.post(CHAT, content=body).status_code in (400, 413)
+            if time_ == 3:
+                before = resident()
+    assert resident() - before < 10 << 20
+
+
 @pytest.mark.slow
 def test_fuzz_for_long(live: Any) -> None:
     """20,000 requests: no 5xx, and the memory is flat from the 2,000th on."""

@@ -219,6 +219,7 @@ def test_a_second_process_on_the_port_leaves_the_first_alone(base: Path) -> None
 
 def test_options_by_their_names() -> None:
     found = Serving.of({"slots": 16, "queue": None, "max_prompt": 100, "api_key": "x", "merge": False, "temperature": 0.5, "max_tokens": 7})
+    assert Serving.of({}).limits == Limits() and Serving.of({"max_prompt": 1 << 20}).limits.body == 16 << 20
     assert Serving.of({"state_writes": "deferred"}).state_writes == "deferred"
     with pytest.raises(RecipeError, match=r'--state-writes: "often" is none\. Give one of auto, each-step, deferred'):
         Serving.of({"state_writes": "often"})

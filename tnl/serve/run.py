@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -38,6 +38,9 @@ log = logging.getLogger("tnl.serve")
 SWITCH_SECONDS = 2e-4
 """How long Python's threads wait for one another. The engine's asks for the interpreter some twenty times a step, which is short on a
 GPU: at the default of 5 ms the loop that writes to the clients would hold it up."""
+
+BYTES = 16
+"""Of a body for each token that a prompt may have."""
 
 
 class ServeOptions(Options, total=False):
@@ -87,6 +90,7 @@ class Serving:
             raise RecipeError("--state-writes", f'"{word}" is none', f"Give one of {', '.join(STATE_WRITES)}")
         bounds = {"max_tokens": "max_tokens", "max_prompt": "prompt"}
         limits = Limits(**{own: given[name] for name, own in bounds.items() if name in given})
+        limits = replace(limits, body=max(limits.body, BYTES * limits.prompt))
         names = {one.name for one in fields(cls)} - {"limits"}
         return cls(**{name: value for name, value in given.items() if name in names}, limits=limits)
 

@@ -38,7 +38,8 @@ KEYS = 64
 """Keys that one object of a request may have."""
 Model = TypeVar("Model", bound=BaseModel)
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
-Text = Annotated[str, Field(max_length=1 << 20)]
+Text = Annotated[str, Field(max_length=1 << 26)]
+"""As long as the limits on bodies and prompts let it be."""
 Texts = Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=16)]
 Ids = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(fail_fast=True, min_length=1)]
 
