@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 
 from tnl import cli
 
@@ -45,6 +46,15 @@ def test_the_readmes_have_the_same_commands_tables_and_sections() -> None:
         return code, text.count("\n## "), text.count("\n|"), set(re.findall(r"recipes/[\w.-]+|`tnl [a-z]+", text))
 
     assert shape(english) == shape(chinese)
+
+
+def test_the_options_of_serve_that_the_readme_names_are_there() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.partition("\n## Behind OpenAI's API")[2].partition("\n## ")[0]
+    options = typer.main.get_command(cli.app).commands["serve"].params  # type: ignore[attr-defined]
+    there = {word for option in options for word in option.opts}
+    named = set(re.findall(r"--[a-z][a-z-]+", section))
+    assert len(named) >= 8 and named <= there, named - there
 
 
 def test_what_the_readme_says_of_the_exit_codes() -> None:
