@@ -39,6 +39,7 @@ WORK = {
     "4 x 384": ("text", 4, 1, 384, 60, "false"),
     "1 x 8,192": ("text", 1, 1, 8192, 15, "false"),
     "1 x 8,192, recomputed": ("text", 1, 1, 8192, 15, "true"),
+    "4 x 384, recomputed": ("text", 4, 1, 384, 24, "true"),
 }
 
 
