@@ -56,13 +56,13 @@ def batches(lengths: list[int], count: int) -> list[dict[str, Tensor]]:
 def speed(model: nn.Module, work: list[dict[str, Tensor]], accumulation: int) -> float:
     """Real tokens a second over `work`, after a pass that warms its shapes."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    tokens, start = 0, 0.0
-    for timed in (False, True):
+    tokens = sum(int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel() for batch in work)
+    start = 0.0
+    for _ in ("warm", "timed"):
         torch.cuda.synchronize()
         start = time.monotonic()
         for number, batch in enumerate(work, start=1):
             (model(**batch, use_cache=False).loss / accumulation).backward()
-            tokens += int(timed) * int(batch.get("attention_mask", batch["input_ids"]).ne(0).sum())
             if number % accumulation == 0:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
