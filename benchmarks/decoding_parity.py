@@ -117,7 +117,8 @@ class Forms:
         banks = [Adapters(model) for model in (self.ours, self.exact)]
         for seed in range(3):
             keys = [bank.add(random_adapter(self.ours, seed)) for bank in banks]
-        engine, complaints = Engine(self.ours, self.tokenizer, adapters=banks[0], slots=max(counts), prefix_bytes=0), []
+        engine = Engine(self.ours, self.tokenizer, adapters=banks[0], slots=max(counts), prefix_bytes=0, state_writes="each-step")
+        complaints = []
         for count in counts:
             ids = torch.randint(3, self.ours.config.vocab_size, (count, 12), device=self.device)
             rows = (torch.arange(count, device=self.device) + banks[0].row(keys[0])) % 4

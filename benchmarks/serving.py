@@ -3,7 +3,8 @@
     python benchmarks/serving.py
 
 The server is `tnl serve`'s, in this process; the clients are another process with plain sockets. Random weights of the 7B's shapes,
-greedy answers without end. No figure unless the engine says in full batches what the references say (`--no-parity` for tuning).
+greedy answers without end; states are written as `tnl serve` chooses. No figure unless the engine says in full batches what the
+references say (`--no-parity` for tuning).
 """
 
 import argparse
@@ -124,7 +125,9 @@ def main() -> int:
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = BaiChuanTokenizer.from_pretrained(TOKENIZER)
-    if not options.no_parity and (complaints := Forms(options.model, device, tokenizer).slots((options.streams,)) + texts(device)):
+    if not options.no_parity and (
+        complaints := Forms(options.model, device, tokenizer).slots((options.streams,), "auto", 60) + texts(device)
+    ):
         print("PARITY FAILS; no figure is printed:", *complaints, sep="\n  ")
         return 1
     gc.collect()  # graphs and engines of the parity check, which hold one another
