@@ -243,6 +243,7 @@ def test_a_file_of_questions_that_is_not_there(tmp_path: Path, monkeypatch: pyte
         (MemoryBudgetError("", "too much"), 7, "error: too much.\n"),
         (MemoryError(), 7, "error: tnl resume: out of memory. Use a smaller"),
         (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 6, "error: /x/y: No space left on device. Free"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/x/y"), 6, "error: /x/y: No such file or directory. Free"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (SystemExit(143), 143, ""),
         (
@@ -327,6 +328,13 @@ def test_no_home_is_no_mistake(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tnl.cli", "train", "r.yaml", "data.eval=~nobody/x"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "Here it is called lora.r" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_output_that_is_full() -> None:
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        done = subprocess.run([sys.executable, "-m", "tnl.cli", "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (6, "error: output: No space left on device. Free or choose another place, then repeat.\n")
 
 
 def test_a_reader_that_has_gone_is_no_error() -> None:

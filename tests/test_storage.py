@@ -240,7 +240,13 @@ def test_an_error_at_any_sync_leaves_the_last_good_one(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize(
-    "text", ["unexpected pos 10112 vs 9492", "basic_ios::clear: iostream error", "Error: No space left on device (os error 28)"]
+    "text",
+    [
+        "unexpected pos 10112 vs 9492",
+        "basic_ios::clear: iostream error",
+        "Error: No space left on device (os error 28)",
+        "I/O error: File too large (os error 27)",
+    ],
 )
 def test_what_writers_say_of_a_full_disk_is_understood(tmp_path: Path, text: str) -> None:
     with pytest.raises(StorageError, match="could not be written"), storage(tmp_path):

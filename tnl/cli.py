@@ -45,6 +45,8 @@ LESS_MEMORY = {
 }
 """What helps where memory ends outside a training step, which has its own advice."""
 STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.EFBIG}
+VANISHED = {errno.ENOENT, errno.ENOTDIR}
+"""What was there when it was looked at and is no longer, such as the folder of a run that somebody deletes."""
 
 app = typer.Typer(
     help="Fine-tune TransNormerLLM with LoRA and talk to the result.",
@@ -363,9 +365,8 @@ def _explain(error: BaseException, command: str) -> tuple[int, str]:
         return 2, _usage(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return 7, _line(f"tnl {command}: out of memory", LESS_MEMORY.get(command, "End other programs, then repeat."))
-    if isinstance(error, OSError) and error.errno in STORAGE:
-        where = f"{error.filename}: " if error.filename else ""
-        return 6, _line(f"{where}{error.strerror}", "Free or choose another place, then repeat.")
+    if isinstance(error, OSError) and (error.errno in STORAGE or (error.errno in VANISHED and error.filename)):
+        return 6, _line(f"{error.filename or 'output'}: {error.strerror}", "Free or choose another place, then repeat.")
     todo = "Please report it with what the same command prints with --debug."
     return 70, _line(f"this is our bug ({type(error).__name__}: {str(error)[:300]})", todo)
 

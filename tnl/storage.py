@@ -22,7 +22,7 @@ _DISK = {
 }
 # torch's and safetensors' writers do not say ENOSPC: "unexpected pos 10112 vs 9492", "basic_ios::clear: iostream error"
 _WRITER = re.compile(
-    r"No space left|os error (28|122|5|30|13)\b|unexpected pos \d+|iostream error|PytorchStreamWriter failed|Disk quota exceeded"
+    r"No space left|os error (28|122|27|24|5|30|13|2)\b|unexpected pos \d+|iostream error|PytorchStreamWriter failed|Disk quota exceeded"
 )
 
 

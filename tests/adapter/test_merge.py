@@ -190,9 +190,21 @@ def test_biases_that_cannot_be_merged(make_adapter: Make, tmp_path: Path) -> Non
 
 def test_a_full_disk(make_adapter: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tnl.storage.free_bytes", lambda path: 1000)
-    with pytest.raises(StorageError, match="1,000 bytes free"):
+    with pytest.raises(StorageError, match=r"1,000 bytes free\)\. Free some space, or name a folder on another disk\."):
         run(make_adapter(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows limits no file's size")
+def test_a_disk_that_is_full_half_way(make_adapter: Make, tmp_path: Path) -> None:
+    """No file may grow beyond 100 kB: the weights do not fit, whatever the disk says of itself."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+    code = f"import torch; torch.set_num_threads(1); {limit}; from tnl.cli import main; main(['merge', {str(make_adapter())!r}, 'out'])"
+    before = sorted(tmp_path.rglob("*"))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 6 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"error: {tmp_path}/out: could not be written: ") and "File too large" in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.slow

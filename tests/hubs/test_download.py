@@ -1,6 +1,7 @@
 """The hubs' doors against a small hub of each kind on this machine: the real libraries, in a process of their own."""
 
 import hashlib
+import signal
 import subprocess
 import sys
 import time
@@ -67,15 +68,18 @@ def test_a_dropped_connection_goes_on_where_it_stopped(kind: str, small: Any, tn
     assert len(ranges) == 2 and ranges[0] is None and int(str(ranges[1]).removeprefix("bytes=").rstrip("-")) >= 10_000_000
 
 
-def test_a_killed_download_goes_on_in_another_process(kind: str, small: Any, tnl: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_download_goes_on_in_another_process(number: int, code: int, kind: str, small: Any, tnl: Any, tmp_path: Path) -> None:
     small.served.hang.append("model.safetensors")
     arguments = ["download", "owner/large", "--hub", kind, "--out", str(tmp_path / "model")]
-    process = subprocess.Popen([sys.executable, "-m", "tnl", *arguments], env=small.all_environment, cwd=tmp_path)
+    command = [sys.executable, "-m", "tnl", *arguments]
+    process = subprocess.Popen(command, env=small.all_environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while partial_bytes(tmp_path / "model") < 10_000_000 and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.kill()
-    process.wait(10)
+    process.send_signal(number)
+    said = process.communicate(timeout=10)[1]
+    assert process.returncode == code and "Traceback" not in said and "error" not in said, said
     assert not (tmp_path / "model/model.safetensors").exists()
     small.served.log.clear()
     done = tnl(small, *arguments)

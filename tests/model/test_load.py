@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tnl.errors import ModelError
+from tnl.errors import ModelError, RecipeError
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.load import load_model, load_tokenizer, pick_device
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
@@ -18,10 +18,10 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 def test_dtype_and_device() -> None:
     assert load_model(GOLDEN / "base", device="cpu").dtype == torch.float32
     assert load_model(GOLDEN / "base", dtype="bfloat16", device="cpu").dtype == torch.bfloat16
-    with pytest.raises(ModelError, match="names no device"):
+    with pytest.raises(RecipeError, match="^device gpu: is none"):
         pick_device("gpu")
     if not torch.cuda.is_available():
-        with pytest.raises(ModelError, match="no GPU"):
+        with pytest.raises(RecipeError, match="^device cuda: there is no GPU"):
             pick_device("cuda")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from tnl import hub
-from tnl.errors import ModelError
+from tnl.errors import ModelError, RecipeError
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.convert import as_dtype, read_config
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
@@ -21,7 +21,7 @@ def load_model(
     device: str | torch.device = "auto",
     backend: str = "auto",
 ) -> TransnormerForCausalLM:
-    """The model in a local folder, in eval mode. Raises ModelError.
+    """The model in a local folder, in eval mode. Raises ModelError; RecipeError for a device that is not there.
 
     device auto: the GPU where there is one, else the CPU. dtype auto: bfloat16 on a GPU, float32 on a CPU.
     """
@@ -31,15 +31,16 @@ def load_model(
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
-    """The device by name; auto is the first GPU, or the CPU. Raises ModelError where it is not there."""
+    """The device by name; auto is the first GPU, or the CPU. Raises RecipeError where it is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
     except RuntimeError:
-        raise ModelError("", f'"{device}" names no device (auto, cpu, cuda, cuda:0)', "Set it to one of them") from None
+        raise RecipeError(f"device {device}", "is none (there are auto, cpu, cuda, cuda:0, mps)", "Name one of them") from None
     if found.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError("", "there is no GPU that PyTorch can use", "Leave the device at auto, or install the CUDA build of PyTorch")
+        todo = "Leave the device at auto, or install the CUDA build of PyTorch"
+        raise RecipeError(f"device {device}", "there is no GPU that PyTorch can use", todo)
     return found
 
 

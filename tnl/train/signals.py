@@ -18,7 +18,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.requested: int | None = None
-        self.words = "the step is finished and saved first"
+        self.words = "what is under way is finished and saved first"
         """What happens before the process ends, for the person who asked it to."""
         self.quiet = False
         """Of processes that train together one speaks."""
