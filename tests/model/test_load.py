@@ -18,10 +18,10 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 def test_dtype_and_device() -> None:
     assert load_model(GOLDEN / "base", device="cpu").dtype == torch.float32
     assert load_model(GOLDEN / "base", dtype="bfloat16", device="cpu").dtype == torch.bfloat16
-    with pytest.raises(RecipeError, match="^device gpu: is none"):
+    with pytest.raises(RecipeError, match=r"^device gpu: is none"):
         pick_device("gpu")
     if not torch.cuda.is_available():
-        with pytest.raises(RecipeError, match="^device cuda: there is no GPU"):
+        with pytest.raises(RecipeError, match=r"^device cuda: there is no GPU"):
             pick_device("cuda")
 
 
