@@ -355,7 +355,7 @@ class Engine:
         """Free the slot, keep the state where a next turn may go on from it, and hand over the last piece."""
         last, ticket = draft.last, draft.ticket
         assert last is not None
-        if draft.ended_by is not None or last.finish == "length":
+        if self.prefixes.budget and (draft.ended_by is not None or last.finish == "length"):
             kept = self._state(draft.read, self.steps.states(draft.slot))
             if draft.outstanding:
                 draft.kept = kept
