@@ -28,6 +28,7 @@ CONFIG = TransnormerConfig(
 def test_a_streamed_row_is_read_forward_once_more() -> None:
     speed = Speed(3.0, 1.0)
     assert speed.seconds(100) == speed.seconds(100, 100) == 300 and speed.seconds(100, 50) == 400
+    assert speed.seconds(100, 50, 4) == 475, "and three of four segments once more where one state of four is kept"
 
 
 @pytest.mark.parametrize("section", [LoraSection(), None], ids=["lora", "full"])

@@ -1,6 +1,5 @@
 """Rows stay whole where they fit; what does not is computed in segments, said in one line, and refused where nothing fits."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +27,11 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 @pytest.fixture(autouse=True)
 def host(monkeypatch: pytest.MonkeyPatch) -> None:
     """128 GiB of host memory."""
-    monkeypatch.setattr("tnl.train.state_store.free_host_bytes", lambda: 128 * GIB)
+    has_free(monkeypatch, 128)
+
+
+def has_free(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
+    monkeypatch.setattr("tnl.train.segments.free_host_bytes", lambda: int(gib * GIB))
 
 
 def needs() -> Plan:
@@ -55,7 +58,8 @@ def test_what_fits_whole_stays_whole() -> None:
 def test_a_million_tokens_go_in_segments() -> None:
     layout = laid(80, 1_048_576)
     assert layout.segment_length == 4096 and not layout.choice.checkpointing and layout.choice.needed < 80 * GIB
-    assert "segments of 4,096 tokens, with the gradients of one pass" in layout.line and "15.4 GiB of host memory" in layout.line
+    assert "segments of 4,096 tokens, with the gradients of one pass" in layout.line and "15.4 of 128.0 GiB of host memory" in layout.line
+    assert layout.every == 1
     layout = laid(18, 1_048_576)
     assert layout.choice.checkpointing and "every layer recomputed" in layout.line and layout.choice.needed < 18 * GIB
     assert layout.segment_length is not None and layout.segment_length >= 1024
@@ -71,10 +75,15 @@ def test_short_records_are_packed_into_rows_that_need_no_segments() -> None:
 
 
 def test_where_the_host_is_short_some_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tnl.train.state_store.free_host_bytes", lambda: 5 * GIB)
-    assert "1 of 4 kept and the others computed again" in laid(80, 1_048_576).line
-    with pytest.raises(MemoryBudgetError, match=r"256 segments of 62 MiB; there are 5\.0 GiB.*state_offload=auto, which keeps 1 of 4"):
+    has_free(monkeypatch, 5)
+    layout = laid(80, 1_048_576)
+    assert layout.every == 4 and "1 of 4 kept and the others computed again" in layout.line
+    said = r"1,048,576 tokens .*256 segments of 62 MiB; there are 5\.0 GiB, enough for 339,968 tokens.*=auto, which keeps 1 of 4"
+    with pytest.raises(MemoryBudgetError, match=said):
         laid(80, 1_048_576, state_offload="host")
+    assert laid(80, 339_968, state_offload="host").every == 1
+    with pytest.raises(MemoryBudgetError, match="enough for 339,968 tokens"):
+        laid(80, 339_968 + 4096 * 2, state_offload="host")
     with pytest.raises(MemoryBudgetError, match="GPU memory"):
         laid(40, 10_048_576, state_offload="gpu")
 
@@ -99,6 +108,12 @@ def test_a_segment_has_a_token() -> None:
             TrainSection(segment_length=length)
 
 
-def test_a_cpu_keeps_its_states_where_they_are(tmp_path: Path) -> None:
-    layout = lay_out(needs(), SEVEN, CPU, 60 * GIB, 1_048_576, TrainSection(segment_length=4096))
-    assert "the device memory" in layout.line
+def test_on_a_cpu_states_are_a_part_of_what_rows_need() -> None:
+    section = TrainSection(segment_length=4096)
+    layout = lay_out(needs(), SEVEN, CPU, 60 * GIB, 1_048_576, section)
+    short = lay_out(needs(), SEVEN, CPU, 60 * GIB, 8192, section)
+    assert "15.4 GiB, counted above" in layout.line and layout.every == 1
+    between = (256 - 2) * segments.state_bytes(SEVEN)
+    assert layout.choice.needed - short.choice.needed == pytest.approx(between) and layout.choice.needed < 60 * GIB
+    less = lay_out(needs(), SEVEN, CPU, short.choice.needed + 4 * GIB, 1_048_576, section)
+    assert less.every > 1 and less.choice.needed <= short.choice.needed + 4 * GIB

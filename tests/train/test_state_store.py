@@ -41,27 +41,28 @@ def test_a_host_copy_is_a_copy() -> None:
 
 
 def test_auto_takes_the_host_beside_a_gpu_and_stays_on_a_cpu() -> None:
-    assert place(100, MIB, "auto", CUDA, 100 * MIB) == Placement(True, 1)
-    assert place(100, MIB, "gpu", CUDA, 100 * MIB) == Placement(False, 1)
-    assert place(100, MIB, "auto", CPU, 100 * MIB) == Placement(False, 1)
-    assert place(1, MIB, "host", CUDA, 0) == Placement(True, 1), "one segment starts from zero: nothing is kept"
+    assert place(100, 10, MIB, "auto", CUDA, 100 * MIB) == Placement(True, 1)
+    assert place(100, 10, MIB, "gpu", CUDA, 100 * MIB) == Placement(False, 1)
+    assert place(100, 10, MIB, "auto", CPU, 100 * MIB) == Placement(False, 1)
+    assert place(1, 10, MIB, "host", CUDA, 0) == Placement(True, 1), "one segment starts from zero: nothing is kept"
 
 
 def test_where_memory_is_short_every_kth_is_kept() -> None:
     for room in (20, 22, 30, 60):
-        placed = place(101, MIB, "auto", CUDA, room * MIB)
+        placed = place(101, 10, MIB, "auto", CUDA, room * MIB)
         assert placed.every > 1 and kept_bytes(100, placed.every, MIB) <= room * MIB < kept_bytes(100, placed.every - 1, MIB)
     assert best_every(100) == 8 and kept_bytes(100, 10, 1) == 19 and kept_bytes(0, 1, 1) == 0
 
 
 def test_what_cannot_be_kept_is_said() -> None:
-    with pytest.raises(MemoryBudgetError, match=r"101 segments of 1 MiB.*there are 0\.0 GiB.*longer train\.segment_length") as caught:
-        place(101, MIB, "auto", CUDA, 18 * MIB)
-    assert caught.value.exit_code == 7
+    with pytest.raises(MemoryBudgetError, match=r"1,010 tokens.*101 segments of 1 MiB.*longer train\.segment_length") as caught:
+        place(101, 10, MIB, "auto", CUDA, 18 * MIB)
+    assert caught.value.exit_code == 7 and "enough for 190 tokens" in str(caught.value) and "data.max_length=190," in str(caught.value)
+    assert place(19, 10, MIB, "auto", CUDA, 18 * MIB) == Placement(True, 1), "so many fit"
     with pytest.raises(MemoryBudgetError, match=r"host memory.*train\.state_offload=auto, which keeps 1 of 2 in host memory"):
-        place(101, MIB, "host", CUDA, 60 * MIB)
+        place(101, 10, MIB, "host", CUDA, 60 * MIB)
     with pytest.raises(MemoryBudgetError, match="GPU memory"):
-        place(101, MIB, "gpu", CUDA, 60 * MIB)
+        place(101, 10, MIB, "gpu", CUDA, 60 * MIB)
 
 
 @pytest.mark.parametrize("lrpe", [[], [1, 0, 0], [1, 1, 1]])

@@ -30,10 +30,10 @@ class Speed:
     forward: float
     """Forward alone, without gradients."""
 
-    def seconds(self, tokens: int, segment_length: int | None = None) -> float:
-        """Of a row; one that is longer than a segment is read forward once more."""
+    def seconds(self, tokens: int, segment_length: int | None = None, every: int = 1) -> float:
+        """Of a row; one that is longer than a segment is read forward once more, and again where only every so many states are kept."""
         streamed = segment_length is not None and tokens > segment_length
-        return tokens * (self.backward + (self.forward if streamed else 0.0))
+        return tokens * (self.backward + (self.forward * (2 - 1 / every) if streamed else 0.0))
 
 
 def measure(

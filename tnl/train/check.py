@@ -69,7 +69,7 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), *, memory: float | Non
     many = (recipe.train, len(units), settings.records_per_step)
     say(order.words(*many, order.UNITS[recipe.data.packing]))
     if memory is None:
-        show_time(recipe, base, data, layout, order.count_steps(*many) / max(order.steps_an_epoch(*many), 1))
+        show_time(recipe, base, data, layout, (order.count_steps(*many), max(order.steps_an_epoch(*many), 1)))
 
 
 def has_weights(folder: Path) -> bool:
@@ -162,8 +162,10 @@ def coloured(record: dict[str, Any], tokenizer: Any, brackets: bool) -> Text:
     return text
 
 
-def show_time(recipe: Recipe, base: Base, data: Dataset, layout: segments.Layout, epochs: float) -> None:
-    """How long training will take here, without measuring and saving, from a calibration of a few seconds."""
+def show_time(recipe: Recipe, base: Base, data: Dataset, layout: segments.Layout, steps: tuple[int, int]) -> None:
+    """How long training will take here, without measuring and saving, from a calibration of a few seconds; steps: of the run, and of an
+    epoch.
+    """
     lengths = lengths_of(data.train)
     longest = max(lengths)
     segment = layout.segment_length
@@ -172,9 +174,10 @@ def show_time(recipe: Recipe, base: Base, data: Dataset, layout: segments.Layout
     speed = calibrate.measure(base.config, recipe.lora, base.dtype, base.device, backend, tokens, recompute)
     if speed is None:
         return
-    seconds = sum(speed.seconds(length, segment) for length in lengths)
-    words = f"about {sum(lengths) / seconds:,.0f} tokens/s on this {base.device.type.upper()}: {clock(seconds * epochs)} for the run"
-    say(f"{words}, {clock(speed.seconds(longest, segment))} for its longest record")
+    seconds = sum(speed.seconds(length, segment, layout.every) for length in lengths)
+    words = f"about {sum(lengths) / seconds:,.0f} tokens/s on this {base.device.type.upper()}"
+    whole, step, row = clock(seconds * steps[0] / steps[1]), clock(seconds / steps[1]), clock(speed.seconds(longest, segment, layout.every))
+    say(f"{words}: {whole} for the run, {step} a step, {row} for its longest record")
 
 
 def clock(seconds: float) -> str:

@@ -58,7 +58,7 @@ def streamed_backward(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for chain in chains(segments):
             if every is None:
-                placed = place(len(chain), state_bytes(causal_lm(model).config), offload, device)
+                placed = place(len(chain), segment_length, state_bytes(causal_lm(model).config), offload, device)
             else:
                 placed = Placement(on_host(offload, device), every)
             store = StateStore(device, placed.host)

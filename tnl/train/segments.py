@@ -1,6 +1,6 @@
 """Whether a run's rows are computed whole or in segments, and of how many tokens: decided from the plan, before a weight is loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,7 +10,7 @@ from tnl.model.stream import SEGMENT
 from tnl.recipe.sections import TrainSection
 from tnl.train import plan
 from tnl.train.plan import GIB, LADDER, Choice, Plan
-from tnl.train.state_store import Placement, kept_bytes, on_host, place, state_bytes
+from tnl.train.state_store import free_host_bytes, kept_bytes, on_host, place, state_bytes
 
 SHORT = 1024
 """Tokens: in shorter segments a GPU is not busy and the states take much of the host, so every layer is recomputed in longer ones."""
@@ -25,6 +25,8 @@ class Layout:
     choice: Choice
     segment_length: int | None = None
     """A longer row is computed in segments; None: every row is whole."""
+    every: int = 1
+    """Of the longest row, the states of every so many segments are kept."""
     line: str = ""
     """What to say of the segments; empty where no record needs them."""
 
@@ -39,9 +41,12 @@ def lay_out(needs: Plan, config: TransnormerConfig, device: torch.device, room: 
     if choice.budget is None or length is None or length >= longest:
         return Layout(choice, length)
     count, states = -(-longest // length), state_bytes(config)
-    left = None if on_host(section.state_offload, device) or device.type != "cuda" else int(room - choice.needed)
-    placed = place(count, states, section.state_offload, device, left)
-    return Layout(choice, length, words(length, choice.checkpointing, placed, count, states))
+    apart = device.type == "cuda" and on_host(section.state_offload, device)
+    left = free_host_bytes() if apart else int(room - choice.needed)
+    placed = place(count, length, states, section.state_offload, device, left)
+    held = kept_bytes(count - 1, placed.every, states)
+    line = words(length, choice.checkpointing, placed.every, held, f"{left / GIB:.1f} GiB of host memory" if apart else "")
+    return Layout(choice if apart else replace(choice, needed=choice.needed + held), length, placed.every, line)
 
 
 def fitting(
@@ -83,10 +88,9 @@ def as_asked(needs: Plan, room: float, length: int, section: TrainSection) -> tu
     raise MemoryBudgetError("train.segment_length", f"{what} (there are {max(room, 0) / GIB:.1f} GiB beside the states)", todo)
 
 
-def words(length: int, recompute: bool, placed: Placement, count: int, states: int) -> str:
-    """The segments in one line."""
-    held = kept_bytes(count - 1, placed.every, states) / GIB
-    where = f"{held:.1f} GiB of {'host' if placed.host else 'the device'} memory"
-    kept = "" if placed.every == 1 else f", 1 of {placed.every} kept and the others computed again"
+def words(length: int, recompute: bool, every: int, held: int, host: str) -> str:
+    """The segments in one line; held: bytes of states; host: the room there is for them, "" where they are a part of what rows need."""
+    where = f"{held / GIB:.1f} of {host}" if host else f"{held / GIB:.1f} GiB, counted above"
+    kept = "" if every == 1 else f", 1 of {every} kept and the others computed again"
     again = ", every layer recomputed" if recompute else ""
     return f"longer rows: in segments of {length:,} tokens{again}, with the gradients of one pass; states between them: {where}{kept}"

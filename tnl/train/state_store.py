@@ -90,9 +90,9 @@ class Placement:
     """The start of every so many segments is kept; those between are computed again."""
 
 
-def place(segments: int, state_bytes: int, offload: Offload, device: torch.device, room: int | None = None) -> Placement:
-    """Where the states of a row of so many segments go. On a GPU `auto` takes the host, whose copies cost no time, and keeps
-    every k-th where memory is short; with gpu or host each segment's start must fit there.
+def place(segments: int, length: int, state_bytes: int, offload: Offload, device: torch.device, room: int | None = None) -> Placement:
+    """Where the states of a row of so many segments of `length` tokens go. On a GPU `auto` takes the host, whose copies cost no time,
+    and keeps every k-th where memory is short; with gpu or host each segment's start must fit there.
 
     room: bytes there are (default: what is free). Raises MemoryBudgetError.
     """
@@ -105,10 +105,12 @@ def place(segments: int, state_bytes: int, offload: Offload, device: torch.devic
         return Placement(host, 1)
     where = "GPU memory" if on_gpu else "host memory"
     needed, least = kept * state_bytes, kept_bytes(kept, best_every(kept), state_bytes)
-    what = f"the row's states need {needed / GIB:.1f} GiB of {where} ({segments} segments of {state_bytes / 2**20:.0f} MiB"
-    what += f"; there are {room / GIB:.1f} GiB)"
+    held = max(room // state_bytes + 1, 1) * length
+    what = f"the states of a row of {segments * length:,} tokens need {needed / GIB:.1f} GiB of {where} ({segments:,} segments of"
+    what += f" {state_bytes / 2**20:.0f} MiB; there are {max(room, 0) / GIB:.1f} GiB, enough for {held:,} tokens)"
     if least > room:
-        raise MemoryBudgetError("", what, f"Even every k-th needs {least / GIB:.1f} GiB: this would fit: a longer train.segment_length.")
+        todo = f"Even every k-th needs {least / GIB:.1f} GiB. This would fit: data.max_length={held}, or a longer train.segment_length."
+        raise MemoryBudgetError("", what, todo)
     every = next(k for k in range(2, kept + 1) if kept_bytes(kept, k, state_bytes) <= room)
     if offload != "auto":
         todo = f"This would fit: train.state_offload=auto, which keeps 1 of {every} in {where} and computes the others again."
