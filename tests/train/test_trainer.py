@@ -17,6 +17,7 @@ from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.recipe.sections import LoraSection, TrainSection
 from tnl.run_dir import RunDir, checkpoints, latest_valid
 from tnl.train import arguments, checkpoint, lora
+from tnl.train import trainer as module
 from tnl.train.order import StepSampler
 from tnl.train.step import Rows
 from tnl.train.trainer import Record, TnlTrainer
@@ -236,6 +237,18 @@ def test_a_new_best_is_saved_whatever_save_steps_says(tmp_path: Path) -> None:
     trainer = make(tmp_path, save_steps=1000, eval_steps=1)
     trainer.train()
     assert trainer.best_checkpoint is not None and trainer.best_checkpoint.is_dir()
+
+
+def test_a_long_step_is_saved_at_once_unless_saving_takes_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LONG_STEP", 0)
+    monkeypatch.setattr(module, "SAVING", 0)
+    given = {"save_steps": 1000, "load_best_model_at_end": False, "save_total_limit": None}
+    for name, train, steps in (("all", {}, list(range(1, 13))), ("epochs", {"save_strategy": "epoch"}, [6, 12])):
+        make(tmp_path / name, **given, **train).train()
+        assert [step for step, _ in checkpoints(RunDir(tmp_path / name))][::-1] == steps
+    monkeypatch.setattr(module, "SAVING", 10**9)
+    make(tmp_path / "one", **given).train()
+    assert [step for step, _ in checkpoints(RunDir(tmp_path / "one"))] == [12, 1], "the first, when nobody knows yet, and the last"
 
 
 def test_patience(tmp_path: Path) -> None:

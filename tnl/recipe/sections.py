@@ -128,7 +128,7 @@ class TrainSection(TrainingFields):
     save_strategy: Literal["no", "steps", "epoch", "best"] = "steps"
     """When a checkpoint is saved; the last step is always saved."""
     save_steps: int | float = Field(100, gt=0)
-    """Steps between two checkpoints."""
+    """Steps between two checkpoints; a step of more than a minute is saved at once."""
     save_total_limit: int | None = Field(3, ge=1)
     """Checkpoints that are kept, beside the best one; null keeps all."""
     load_best_model_at_end: bool = True

@@ -32,6 +32,12 @@ from tnl.train.step import Rows, alone, seed_all, seed_of, step
 Record = dict[str, Any]
 
 
+LONG_STEP = 60
+"""Seconds: a step that takes longer (a row of a million tokens) is saved at once, so that a killed run loses no other."""
+SAVING = 20
+"""And so many times as long as saving it takes."""
+
+
 class Interrupted(Exception):
     """A signal asked to stop while held-out records were measured."""
 
@@ -51,7 +57,8 @@ class TnlTrainer(Trainer):
     - _load_from_checkpoint, _load_optimizer_and_scheduler: exact key sets and every file, or the run does not start.
     - _init_training_state: the best checkpoint is looked for beside the others, wherever the run's folder has been moved to.
     - _run_epoch: a run that has had all its steps trains no more (Trainer would go on to the end of the epoch).
-    - _maybe_log_save_evaluate: after a signal only the checkpoint is written; a measurement that was due is made on resuming.
+    - _maybe_log_save_evaluate: a long step is saved at once; after a signal only the checkpoint is written; a measurement that was due
+      is made on resuming.
     - create_optimizer, create_scheduler: what cannot be made is a recipe error; get_optimizer_cls_and_kwargs: AdamW in its one kernel.
     - log: real tokens and their speed; floating_point_ops, _track_num_input_tokens: counted from the records.
     """
@@ -91,6 +98,8 @@ class TnlTrainer(Trainer):
         self.supervised = 0
         self.pending_evaluation = False
         self.saved_step: int | None = None
+        self.saving, self.save_at_once = 0.0, False
+        """Seconds that the last checkpoint took; whether the latest step was so long that it is saved, whatever save_steps says."""
         self.resumed: dict[str, Any] = {}
         self.where: Where = ""
         self.about: Metadata | None = None
@@ -138,10 +147,13 @@ class TnlTrainer(Trainer):
         if not self.net.training:
             self.net.train()
         self.optimizer_mode("train")
+        began = time.monotonic()
         compute = partial(step, self.net, inputs.records, self.rows, self.step_seed, self.engine)
         result = compute(self.graphed)
         self.guard.check(result, inputs, self.optimizer, self.state.global_step + 1, compute, self.loss_of)
-        self.heed_signals()
+        seconds = time.monotonic() - began
+        self.save_at_once = self.args.save_strategy == "steps" and seconds > max(LONG_STEP, SAVING * self.saving)
+        self.agree()
         self.supervised += result.supervised
         self.clock.tokens += result.tokens
         every = self.args.torch_empty_cache_steps
@@ -149,10 +161,11 @@ class TnlTrainer(Trainer):
             perplexity.release_memory()
         return result.loss
 
-    def heed_signals(self) -> None:
-        """A signal that has reached any process stops all after the same step."""
+    def agree(self) -> None:
+        """A signal that has reached any process stops all after the same step; a step that was long for one is saved by all."""
         if self.engine.crew.size > 1 and self.stop is not None:
-            number = int(self.engine.crew.most(torch.tensor(self.stop.requested or 0, device=self.engine.device)))
+            told = torch.tensor([self.stop.requested or 0, self.save_at_once], device=self.engine.device)
+            number, self.save_at_once = self.engine.crew.most(told).tolist()
             self.stop.requested = number or None
             self.stop_requested = lambda: bool(number)
 
@@ -255,6 +268,7 @@ class TnlTrainer(Trainer):
             at_epoch_end = self.args.eval_strategy == "epoch" and float(self.state.epoch or 0).is_integer()
             self.pending_evaluation = control.should_evaluate or at_epoch_end
             control.should_evaluate, control.should_save, control.should_training_stop = False, True, True
+        control.should_save |= bool(self.save_at_once)
         if control.should_log or control.should_evaluate or control.should_save:
             self.guard.settle()  # of a step whose numbers are bad nothing is logged, measured or saved
         super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -272,6 +286,7 @@ class TnlTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.saved_step == self.state.global_step:
             return
+        began = time.monotonic()
         with self.clock.paused():
             self.store_flos()
             extra = {
@@ -284,6 +299,7 @@ class TnlTrainer(Trainer):
             }
             self.write_checkpoint(extra)
             self.saved_step = self.state.global_step
+        self.saving = time.monotonic() - began
 
     def write_checkpoint(self, extra: dict[str, Any]) -> None:
         """Gather what is shared out, and let those who save write it; all go on once it is there."""
