@@ -36,7 +36,9 @@ class AttentionNormGate(Protocol):
 
 
 class NormProject(Protocol):
-    def __call__(self, x: Tensor, norm: reference.Projection, qkvu_proj: reference.Projection, draw: Draw | None = None) -> Tensor: ...
+    def __call__(
+        self, x: Tensor, norm: reference.Projection, qkvu_proj: reference.Projection, draw: Draw | None = None
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 class ProjectResidual(Protocol):
@@ -46,7 +48,7 @@ class ProjectResidual(Protocol):
 class NormGlu(Protocol):
     def __call__(
         self, x: Tensor, norm: reference.Projection, l1: reference.Projection, l2: reference.Projection, draw: Draw | None = None
-    ) -> Any: ...
+    ) -> tuple[Any, Tensor]: ...
 
 
 class Ops(NamedTuple):

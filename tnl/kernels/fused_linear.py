@@ -1,109 +1,99 @@
 """A layer's projections in training: what makes their input, the frozen product with LoRA, the residual; one autograd node each.
 
 Kept for the backward pass is only what exists anyway: the residual stream, qkvu and the attention output, the two halves of the GLU.
-The input of the product (norm, norm times gate, product of the halves) is made again there; frozen weights get no gradient.
+The input of the product (norm, norm times gate, product of the halves) is made again there; frozen weights get no gradient. The wide
+products are cuBLAS's, and accumulate: into LoRA's part (and the residual) forward, into each other backward.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tnl.kernels import simple_rms_norm as norms
 from tnl.kernels.lora import Draw, Lora
-from tnl.kernels.lora_linear import add_product, column_product, row_product
-
-Prologue = Literal["norm", "norm_gate", "product"]
+from tnl.kernels.lora_input import Source, Thin, Thins, input_gradients, make_input
+from tnl.kernels.lora_output import expand, output_gradients
 
 
 class Plan(NamedTuple):
     """What a call is made of, beside its tensors."""
 
-    prologue: Prologue
-    eps: float
+    eps: float | None
     loras: tuple[Lora, ...]
-    modules: tuple[int, ...]  # their numbers, for dropout
+    thin: Thins
     keys: Tensor | None  # [T] int32
 
 
 def fused_linear(
-    prologue: Prologue,
-    inputs: tuple[Tensor, ...],  # norm: x [..., D]; norm_gate: o, u; product: a, b
-    loras: tuple[Lora, ...],
+    x: Tensor,  # [..., D]
+    u: Tensor | None,  # [..., D]
+    loras: tuple[Lora, ...],  # one, or two that read the same input
     residual: Tensor | None = None,  # [..., N], added to the first product
     *,
-    eps: float = 0.0,
+    eps: float | None = None,  # None: x is not normed
     draw: Draw | None = None,
     slot: int = 0,
 ) -> tuple[Tensor, ...]:
-    """For each of `loras`: z W^T + s drop(z) A^T B^T (+ residual), [..., N], z being the prologue of the inputs.
+    """For each of `loras`: z W^T + s drop(z) A^T B^T (+ residual), [..., N], z = norm(x) u; and behind them x.
 
-    Gradients reach inputs, residual, and every A and B (float32 sums). draw: where the masks come from, needed where dropout is on.
+    Whatever else reads x takes the returned one: its gradient then comes here, and is added where that of the norm is made. Gradients
+    reach x, u, residual, and every A and B (float32 sums). draw: where the masks come from, needed where dropout is on.
     """
     keys = None if draw is None else draw.keys.reshape(-1).contiguous()
-    modules = tuple(draw.module(slot + i) if draw else 0 for i in range(len(loras)))
-    if keys is None:
-        loras = tuple(lora._replace(dropout=0.0) for lora in loras)
-    plan = Plan(prologue, eps, loras, modules, keys)
-    factors = [x for lora in loras for x in (lora.a, lora.b)]
-    shape = inputs[0].shape[:-1]
-    flat = [x.reshape(-1, x.shape[-1]) for x in inputs]
-    outputs = _FusedLinear.apply(plan, len(flat), None if residual is None else residual.reshape(-1, residual.shape[-1]), *flat, *factors)
-    return tuple(y.unflatten(0, shape) for y in outputs)
+    thin = [
+        None if lora.a is None else Thin(lora.a.detach(), lora.dropout if draw else 0.0, draw.module(slot + i) if draw else 0)
+        for i, lora in enumerate(loras)
+    ]
+    plan = Plan(eps, loras, (thin[0], thin[1] if len(thin) > 1 else None), keys)
+    factors = [y for lora in loras for y in (lora.a, lora.b)]
+    flat = [None if y is None else y.reshape(-1, y.shape[-1]) for y in (x, u, residual)]
+    return tuple(y.unflatten(0, x.shape[:-1]) for y in _FusedLinear.apply(plan, *flat, *factors))
 
 
 class _FusedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: Plan, count: int, residual: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        inputs = tensors[:count]
-        z = _forward(plan, inputs)
-        outputs, hidden = [], []
-        for lora, module in zip(plan.loras, plan.modules):
-            y = z @ lora.weight.T if residual is None else torch.addmm(residual, z, lora.weight.T)
+    def forward(  # type: ignore[override]
+        ctx: Any, plan: Plan, x: Tensor, u: Tensor | None, residual: Tensor | None, *factors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        z, rstd, hidden = make_input(Source(x, u, plan.eps), plan.thin, plan.keys)
+        outputs = []
+        for lora, thin, h in zip(plan.loras, plan.thin, hidden):
+            weight = lora.weight.T
+            if thin is not None and h is not None and lora.b is not None:
+                y = expand(h, lora.b, factor(lora, thin), residual, x.dtype)
+                torch.addmm(y, z, weight, out=y)
+            else:
+                y = z @ weight if residual is None else torch.addmm(residual, z, weight)
             residual = None
-            if lora.a is not None and lora.b is not None:
-                hidden.append(row_product(z, lora.a, lora.scale / (1 - lora.dropout), lora.dropout, plan.keys, module))
-                add_product(y, hidden[-1], lora.b.T, 0.0, None, 0)
             outputs.append(y)
-        ctx.plan, ctx.count = plan, count
-        ctx.save_for_backward(*inputs, *hidden)
-        return tuple(outputs)
+        ctx.plan = plan
+        ctx.save_for_backward(x, u, rstd, *hidden)
+        ctx.set_materialize_grads(False)
+        return *outputs, x
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        plan, tensors = ctx.plan, ctx.saved_tensors
-        inputs, hidden = tensors[: ctx.count], list(tensors[ctx.count :])
-        z = _forward(plan, inputs)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        plan, (x, u, rstd, *hidden) = ctx.plan, ctx.saved_tensors
+        *d_outputs, d_residual = grads
+        wanted = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         dz: Tensor | None = None
-        factors: list[Tensor | None] = []
-        late = []  # what is added to dz once every frozen product is in it
-        for lora, module, dy in zip(plan.loras, plan.modules, grads):
-            dy = dy.contiguous()
-            dz = dy @ lora.weight if dz is None else torch.addmm(dz, dy, lora.weight, out=dz)
-            if lora.a is None or lora.b is None:
-                factors += [None, None]
-                continue
-            g = row_product(dy, lora.b.T, lora.scale / (1 - lora.dropout), 0.0, None, 0)
-            da = column_product(g, z, lora.dropout, plan.keys, module)
-            factors += [da.to(lora.a.dtype), column_product(hidden.pop(0), dy, 0.0, None, 0, transposed=True).to(lora.b.dtype)]
-            late.append((g, lora, module))
-        assert dz is not None
-        for g, lora, module in late:
-            add_product(dz, g, lora.a, lora.dropout, plan.keys, module)  # type: ignore[arg-type]
-        d_residual = grads[0] if ctx.needs_input_grad[2] else None
-        return None, None, d_residual, *_backward(plan, dz, inputs), *factors
+        g: list[Tensor | None] = [None, None]
+        db: list[Tensor | None] = [None, None]
+        for i, (lora, thin, dy, h) in enumerate(zip(plan.loras, plan.thin, d_outputs, hidden)):
+            dy = torch.zeros(len(x), len(lora.weight), dtype=x.dtype, device=x.device) if dy is None else dy.contiguous()
+            if wanted:
+                dz = dy @ lora.weight if dz is None else torch.addmm(dz, dy, lora.weight, out=dz)
+            if thin is not None:
+                g[i], db[i] = output_gradients(dy, h, lora.b, factor(lora, thin))
+        dx, du, da = input_gradients(Source(x, u, plan.eps), rstd, plan.thin, plan.keys, hidden, g, dz, d_residual)
+        factors = [
+            None if found is None else found.to(of.dtype)
+            for lora, *pair in zip(plan.loras, da, db)
+            for found, of in zip(pair, (lora.a, lora.b))
+        ]
+        return None, dx, du, d_outputs[0] if ctx.needs_input_grad[3] else None, *factors
 
 
-def _forward(plan: Plan, inputs: tuple[Tensor, ...]) -> Tensor:
-    """z [T, D]."""
-    if plan.prologue == "product":
-        return inputs[0] * inputs[1]
-    return norms.forward(inputs[0], inputs[1] if plan.prologue == "norm_gate" else None, plan.eps)
-
-
-def _backward(plan: Plan, dz: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Gradients of the inputs."""
-    if plan.prologue == "product":
-        return dz * inputs[1], dz * inputs[0]
-    dx, du = norms.backward(dz, inputs[0], inputs[1] if plan.prologue == "norm_gate" else None, plan.eps)
-    return (dx,) if du is None else (dx, du)
+def factor(lora: Lora, thin: Thin) -> float:
+    """What LoRA's product is multiplied by."""
+    return lora.scale / (1 - thin.dropout)

@@ -224,9 +224,12 @@ def linear_relative_position(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor
     return torch.cat([x.to(dtype) * cos, x.to(dtype) * sin], -1).to(x.dtype)
 
 
-def norm_qkvu(x: Tensor, norm: Projection, qkvu_proj: Projection, draw: Draw | None = None) -> Tensor:
-    """[B, T, D] to [B, T, 4E]; draw: where the masks of an adapter's dropout come from (None: the module's own)."""
-    return project(qkvu_proj, norm(x), draw, 0)
+def norm_qkvu(x: Tensor, norm: Projection, qkvu_proj: Projection, draw: Draw | None = None) -> tuple[Tensor, Tensor]:
+    """[B, T, D] to [B, T, 4E]; draw: where the masks of an adapter's dropout come from (None: the module's own).
+
+    Behind it x again, for the residual: a form that is one node of autograd's adds the residual's gradient where it makes the norm's.
+    """
+    return project(qkvu_proj, norm(x), draw, 0), x
 
 
 def attention_norm_gate(
@@ -267,10 +270,10 @@ def out_residual(x: Tensor, out_proj: Projection, residual: Tensor, draw: Draw |
     return residual + project(out_proj, x, draw, 1)
 
 
-def norm_glu(x: Tensor, norm: Projection, l1: Projection, l2: Projection, draw: Draw | None = None) -> Tensor:
-    """[B, T, D] to l1(norm(x)) * l2(norm(x)), [B, T, glu_dim] (arXiv:2307.14995, eq. 6: no activation)."""
-    x = norm(x)
-    return project(l1, x, draw, 2) * project(l2, x, draw, 3)
+def norm_glu(x: Tensor, norm: Projection, l1: Projection, l2: Projection, draw: Draw | None = None) -> tuple[Tensor, Tensor]:
+    """[B, T, D] to l1(norm(x)) * l2(norm(x)), [B, T, glu_dim] (arXiv:2307.14995, eq. 6: no activation), and x as `norm_qkvu`."""
+    z = norm(x)
+    return project(l1, z, draw, 2) * project(l2, z, draw, 3), x
 
 
 def l3_residual(x: Tensor, l3: Projection, residual: Tensor, draw: Draw | None = None) -> Tensor:

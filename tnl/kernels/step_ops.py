@@ -37,17 +37,17 @@ class Gated(NamedTuple):
     eps: float
 
 
-def norm_qkvu(x: Tensor, norm: Projection, qkvu_proj: Projection, draw: Draw | None = None) -> Tensor:
+def norm_qkvu(x: Tensor, norm: Projection, qkvu_proj: Projection, draw: Draw | None = None) -> tuple[Tensor, Tensor]:
     """As `reference.norm_qkvu`, x [B, 1, D]."""
     eps = eps_of(norm)
     if eps is None or matrix(qkvu_proj) is None:
         return read_norm_qkvu(x, norm, qkvu_proj)
-    return project(x[:, 0], qkvu_proj, eps=eps)[:, None]
+    return project(x[:, 0], qkvu_proj, eps=eps)[:, None], x
 
 
-def read_norm_qkvu(x: Tensor, norm: Projection, qkvu_proj: Projection, draw: Draw | None = None) -> Tensor:
+def read_norm_qkvu(x: Tensor, norm: Projection, qkvu_proj: Projection, draw: Draw | None = None) -> tuple[Tensor, Tensor]:
     """As `reference.norm_qkvu`, any [B, T, D]."""
-    return qkvu_proj(apply_norm(x, norm))
+    return qkvu_proj(apply_norm(x, norm)), x
 
 
 def attention_norm_gate(
@@ -103,22 +103,22 @@ def out_residual(x: Any, out_proj: Projection, residual: Tensor, draw: Draw | No
     return residual + out_proj((x.values * r).to(x.values.dtype)[:, None])
 
 
-def norm_glu(x: Tensor, norm: Projection, l1: Projection, l2: Projection, draw: Draw | None = None) -> Tensor:
+def norm_glu(x: Tensor, norm: Projection, l1: Projection, l2: Projection, draw: Draw | None = None) -> tuple[Tensor, Tensor]:
     """As `reference.norm_glu`, x [B, 1, D]."""
     eps, first, second = eps_of(norm), matrix(l1), matrix(l2)
     alike = isinstance(l1, RowLinear) == isinstance(l2, RowLinear)
     if eps is None or first is None or second is None or len(x) > MOST or not alike:
         return read_norm_glu(x, norm, l1, l2)
-    x = x[:, 0]
+    flat = x[:, 0]
     low = other = None
     if isinstance(l1, RowLinear) and isinstance(l2, RowLinear):
         if l1.A.shape != l2.A.shape:
-            low, other = lowered(x, l1), lowered(x, l2)
+            low, other = lowered(flat, l1), lowered(flat, l2)
         else:
-            h, h2 = shrink(x, l1.A, l1.rows, l2.A)
+            h, h2 = shrink(flat, l1.A, l1.rows, l2.A)
             assert h2 is not None
             low, other = LowRank(h, l1.B, l1.rows), LowRank(h2, l2.B, l2.rows)
-    return skinny_linear(x, first, second, eps=eps, low=low, other_low=other)[:, None]
+    return skinny_linear(flat, first, second, eps=eps, low=low, other_low=other)[:, None], x
 
 
 def add_projection(x: Tensor, projection: Projection, residual: Tensor, draw: Draw | None = None) -> Tensor:
@@ -134,10 +134,10 @@ def add_projection(x: Tensor, projection: Projection, residual: Tensor, draw: Dr
     return residual.add_(projection.delta(x)) if isinstance(projection, RowLinear) else residual
 
 
-def read_norm_glu(x: Tensor, norm: Projection, l1: Projection, l2: Projection, draw: Draw | None = None) -> Tensor:
+def read_norm_glu(x: Tensor, norm: Projection, l1: Projection, l2: Projection, draw: Draw | None = None) -> tuple[Tensor, Tensor]:
     """As `reference.norm_glu`, any [B, T, D]; the product is written over its first factor."""
-    x = apply_norm(x, norm)
-    return each(x, l1).mul_(each(x, l2))
+    z = apply_norm(x, norm)
+    return each(z, l1).mul_(each(z, l2)), x
 
 
 def each(x: Tensor, projection: Projection) -> Tensor:

@@ -35,12 +35,13 @@ class Halves(NamedTuple):
     b: Tensor
 
 
-def norm_qkvu(x: Tensor, norm: Projection, qkvu_proj: Projection, draw: Draw | None = None) -> Tensor:
+def norm_qkvu(x: Tensor, norm: Projection, qkvu_proj: Projection, draw: Draw | None = None) -> tuple[Tensor, Tensor]:
     """As `reference.norm_qkvu`."""
     lora, eps = fusable(qkvu_proj, x, draw), eps_of(norm)
     if lora is not None and eps is not None:
-        return fused_linear("norm", (x,), (lora,), eps=eps, draw=draw)[0]
-    return project(qkvu_proj, apply_norm(x, norm), draw, 0)
+        qkvu, x = fused_linear(x, None, (lora,), eps=eps, draw=draw)
+        return qkvu, x
+    return project(qkvu_proj, apply_norm(x, norm), draw, 0), x
 
 
 def out_residual(x: Tensor | Mixed, out_proj: Projection, residual: Tensor, draw: Draw | None = None) -> Tensor:
@@ -48,18 +49,19 @@ def out_residual(x: Tensor | Mixed, out_proj: Projection, residual: Tensor, draw
     lora = fusable(out_proj, residual, draw)
     if isinstance(x, Mixed):
         if lora is not None:
-            return fused_linear("norm_gate", (x.o, x.u), (lora,), residual, eps=x.eps, draw=draw, slot=1)[0]
+            return fused_linear(x.o, x.u, (lora,), residual, eps=x.eps, draw=draw, slot=1)[0]
         x = norm_gate(x.o, x.u, x.eps)
     return residual + project(out_proj, x, draw, 1)
 
 
-def norm_glu(x: Tensor, norm: Projection, l1: Projection, l2: Projection, draw: Draw | None = None) -> Tensor | Halves:
+def norm_glu(x: Tensor, norm: Projection, l1: Projection, l2: Projection, draw: Draw | None = None) -> tuple[Tensor | Halves, Tensor]:
     """As `reference.norm_glu`."""
     one, two, eps = fusable(l1, x, draw), fusable(l2, x, draw), eps_of(norm)
     if one is not None and two is not None and eps is not None:
-        return Halves(*fused_linear("norm", (x,), (one, two), eps=eps, draw=draw, slot=2))
-    x = apply_norm(x, norm)
-    return project(l1, x, draw, 2) * project(l2, x, draw, 3)
+        a, b, x = fused_linear(x, None, (one, two), eps=eps, draw=draw, slot=2)
+        return Halves(a, b), x
+    z = apply_norm(x, norm)
+    return project(l1, z, draw, 2) * project(l2, z, draw, 3), x
 
 
 def l3_residual(x: Tensor | Halves, l3: Projection, residual: Tensor, draw: Draw | None = None) -> Tensor:
@@ -67,7 +69,7 @@ def l3_residual(x: Tensor | Halves, l3: Projection, residual: Tensor, draw: Draw
     lora = fusable(l3, residual, draw)
     if isinstance(x, Halves):
         if lora is not None:
-            return fused_linear("product", tuple(x), (lora,), residual, draw=draw, slot=4)[0]
+            return fused_linear(x.a, x.b, (lora,), residual, draw=draw, slot=4)[0]
         x = x.a * x.b
     return residual + project(l3, x, draw, 4)
 

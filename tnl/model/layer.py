@@ -60,7 +60,7 @@ def decoder_layer(
     if weights.theta is not None:
         rotary = rotary_angles(weights.theta, rows.positions, torch.promote_types(x.dtype, torch.float32))
     draw = None if rows.dropout_keys is None else Draw(rows.dropout_keys, weights.number)
-    qkvu = ops.norm_qkvu(x, weights.token_norm, weights.qkvu_proj, draw)
+    qkvu, x = ops.norm_qkvu(x, weights.token_norm, weights.qkvu_proj, draw)
     mixed, state = ops.attention_norm_gate(
         qkvu,
         norm=weights.mixer_norm,
@@ -73,5 +73,5 @@ def decoder_layer(
         initial_state=state,
     )
     x = ops.out_residual(mixed, weights.out_proj, x, draw)
-    gated = ops.norm_glu(x, weights.channel_norm, weights.l1, weights.l2, draw)
+    gated, x = ops.norm_glu(x, weights.channel_norm, weights.l1, weights.l2, draw)
     return ops.l3_residual(gated, weights.l3, x, draw), state
