@@ -69,11 +69,16 @@ class _FusedLinear(torch.autograd.Function):
         ctx.plan = plan
         ctx.save_for_backward(x, u, rstd, *hidden)
         ctx.set_materialize_grads(False)
+        ctx.spent = False
         return *outputs, x
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        if ctx.spent:
+            raise RuntimeError("a second backward pass through a layer whose GLU was written over; run the forward pass again")
         plan, (x, u, rstd, *hidden) = ctx.plan, ctx.saved_tensors
+        # the halves of the GLU are read by this product alone: their gradients take their place, where a step's memory is at its peak
+        ctx.spent = over = plan.eps is None and u is not None and x.is_contiguous() and u.is_contiguous()
         *d_outputs, d_residual = grads
         wanted = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         dz: Tensor | None = None
@@ -85,7 +90,7 @@ class _FusedLinear(torch.autograd.Function):
                 dz = dy @ lora.weight if dz is None else torch.addmm(dz, dy, lora.weight, out=dz)
             if thin is not None:
                 g[i], db[i] = output_gradients(dy, h, lora.b, factor(lora, thin))
-        dx, du, da = input_gradients(Source(x, u, plan.eps), rstd, plan.thin, plan.keys, hidden, g, dz, d_residual)
+        dx, du, da = input_gradients(Source(x, u, plan.eps), rstd, plan.thin, plan.keys, hidden, g, dz, d_residual, over)
         factors = [
             None if found is None else found.to(of.dtype)
             for lora, *pair in zip(plan.loras, da, db)

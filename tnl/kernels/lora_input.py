@@ -161,19 +161,18 @@ def mean_kernel(
 
 
 @triton.jit
-def _through(b_t, b_da, b_z, b_a, g, keys, salt, cut, column, o_t, m_t, R: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr):
-    """An adapter's share of a block: t + drop(g A) (t None: nothing), and dA + g^T drop(z)."""
-    o_r = tl.arange(0, b_da.shape[0])
-    b_g = tl.load(g + o_t[:, None] * R + o_r[None, :], mask=m_t[:, None] & (o_r < R)[None, :], other=0.0).to(b_z.dtype)
-    keep = _keep(keys, salt, cut, column) if DROP else None
-    if b_t is not None:
-        b_ga = tl.dot(b_g, b_a, input_precision=PRECISION)
-        if DROP:
-            b_ga = tl.where(keep, b_ga, 0.0)
-        b_t += b_ga
+def _down(g, o_t, m_t, R: tl.constexpr, RP: tl.constexpr):
+    """A block of g, [BT, RP]."""
+    o_r = tl.arange(0, RP)
+    return tl.load(g + o_t[:, None] * R + o_r[None, :], mask=m_t[:, None] & (o_r < R)[None, :], other=0.0)
+
+
+@triton.jit
+def _dropped(b_x, keys, salt, cut, column, DROP: tl.constexpr):
+    """drop(b_x)."""
     if DROP:
-        b_z = tl.where(keep, b_z, 0.0)
-    return b_t, tl.dot(tl.trans(b_g), b_z, b_da, input_precision=PRECISION)
+        b_x = tl.where(_keep(keys, salt, cut, column), b_x, 0.0)
+    return b_x
 
 
 @triton.jit
@@ -218,9 +217,17 @@ def input_gradient_kernel(
             b_y *= b_r
         b_z = (b_y * b_u if u is not None else b_y).to(dtype)
         if a is not None:
-            b_t, b_da = _through(b_t, b_da, b_z, b_a, g, b_keys, salt, cut, column, o_t, m_t, R, DROP, PRECISION)
+            b_g = _down(g, o_t, m_t, R, RP).to(dtype)
+            if dz is not None:
+                b_t += _dropped(tl.dot(b_g, b_a, input_precision=PRECISION), b_keys, salt, cut, column, DROP)
+            b_kept = _dropped(b_z, b_keys, salt, cut, column, DROP)
+            b_da = tl.dot(tl.trans(b_g), b_kept, b_da, input_precision=PRECISION)
         if a_2 is not None:
-            b_t, b_da2 = _through(b_t, b_da2, b_z, b_a2, g_2, b_keys, salt_2, cut_2, column, o_t, m_t, R_2, DROP, PRECISION)
+            b_g = _down(g_2, o_t, m_t, R_2, RP).to(dtype)
+            if dz is not None:
+                b_t += _dropped(tl.dot(b_g, b_a2, input_precision=PRECISION), b_keys, salt_2, cut_2, column, DROP)
+            b_kept = _dropped(b_z, b_keys, salt_2, cut_2, column, DROP)
+            b_da2 = tl.dot(tl.trans(b_g), b_kept, b_da2, input_precision=PRECISION)
         if dz is not None:
             p = o_t.to(tl.int64)[:, None] * D + o_d[None, :]
             if u is not None:
@@ -263,6 +270,7 @@ def input_gradients(
     g: list[Tensor | None],  # [T, R] float32 each, as `output_gradients` makes it
     dz: Tensor | None,  # [T, D] contiguous: dy W, summed over the projections; None where the input needs no gradient
     residual: Tensor | None,  # [T, D], rows side by side: added to dx
+    over: bool = False,  # dx and du are written over x and u, which nobody needs any more and whose rows touch
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
     """dx and du [T, D] (None where there is no dz or no u), and each adapter's dA [R, D] float32."""
     x, u, _ = source
@@ -271,7 +279,7 @@ def input_gradients(
     strides = x.stride(0), 0 if u is None else u.stride(0)
     mean = dx = du = None
     if dz is not None:
-        dx, du = torch.empty_like(dz), None if u is None else torch.empty_like(dz)
+        dx, du = (x, u) if over else (torch.empty_like(dz), None if u is None else torch.empty_like(dz))
         if rstd is not None:
             mean = torch.empty_like(rstd)
             pairs = [y for pair in zip(g, hidden) for y in pair]
