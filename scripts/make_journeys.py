@@ -7,6 +7,7 @@ Commands and output are real; only this machine's folders are shortened, and how
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 JOURNEYS = ROOT / "docs" / "journeys"
+RECORDS = 1000
 TUTORIAL = """
 import importlib.util, json
 spec = importlib.util.spec_from_file_location("tutorial", "tests/journeys/tutorial.py")
@@ -86,7 +88,8 @@ class Journey:
         )
         lines = [line.split("\r")[-1].rstrip() for line in text.replace("\r\n", "\n").split("\n")]
         noise = re.compile(r"\d+%\||it/s\]|Warning: |warnings\.warn|super\(\).__init__\(loader\)|`torch_dtype` is deprecated")
-        return "\n".join(re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines if not noise.search(line))
+        kept = "\n".join(re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines if not noise.search(line))
+        return re.sub(r"\n{3,}", "\n\n", kept).lstrip("\n")
 
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,15 +102,24 @@ class Journey:
 def tutorial(out: Path, data: Path, model: Path | None) -> None:
     """The tutorial's cells with their edits, then the same by one command."""
     page = Journey("tutorial", "The tutorial's reader", out, data)
-    page.say("The tutorial's own cells, with the edits of the README, on the demo base: plain transformers and peft.")
-    script = f"OUTPUT = {str(page.work / 'output')!r}\nDATA = {str(data)!r}\n{TUTORIAL}"
+    page.say(
+        "The tutorial's own cells, with the edits of the README: plain transformers and peft. The demo base stands in for the 7B: "
+        "7.6 million parameters, so that any machine can follow, and answers of that size. Of dataset/huanhuan.json the first "
+        f"{RECORDS:,} records are taken."
+    )
+    some = page.work / "huanhuan-1000.json"
+    some.write_text(json.dumps(json.loads(data.read_text(encoding="utf-8"))[:RECORDS], ensure_ascii=False), encoding="utf-8")
+    script = f"OUTPUT = {str(page.work / 'output')!r}\nDATA = {str(some)!r}\n{TUTORIAL}"
     (page.work / "cells.py").write_text(script, encoding="utf-8")
     page.run(f"{sys.executable} $WORK/cells.py", shown="python cells.py   # every cell of the tutorial, edited")
-    page.say("The same by `tnl`: what would happen, the run, and a talk.")
-    words = f"recipes/huanhuan-7b.yaml model.path=demo model.dtype=float32 data.train={data}"
+    page.say("The same by `tnl`. First what would happen:")
+    words = "recipes/huanhuan-7b.yaml model.path=demo model.dtype=float32 data.train=$WORK/huanhuan-1000.json"
     page.run(f"tnl check {words}")
-    page.run(f"tnl train {words} train.output_dir=$WORK/run train.num_train_epochs=10 train.learning_rate=1e-3 train.eval_steps=50")
-    page.run("tnl chat $WORK/run", stdin="你是谁？\n你父亲是谁？\n/quit\n")
+    page.say("The run. So small a base wants ten times the tutorial's learning rate ([log](../log.md)):")
+    page.run(f"tnl train {words} train.output_dir=$WORK/run train.learning_rate=1e-3 train.logging_steps=50")
+    page.say("A talk, always with the most probable word (`--temperature 0`): drawing by chance, as the recipe does, suits a larger model.")
+    page.run("tnl chat $WORK/run --temperature 0", stdin="你是谁？\n你父亲是谁？\n皇上驾到！\n/quit\n")
+    page.say("Base and adapter as one model, and one question to it:")
     page.run("tnl merge $WORK/run $WORK/merged")
     page.run("tnl generate $WORK/merged 你是谁？ --temperature 0")
     page.close()
@@ -122,7 +134,8 @@ def chat_log(out: Path, data: Path, model: Path | None) -> None:
     page.say("Who speaks, and what is learned of it:")
     page.run(f"tnl check {words}")
     page.run(f"tnl train {words} train.output_dir=$WORK/run")
-    page.run("tnl chat $WORK/run", stdin="老板，我又来了。\n船还没来，怎么办？\n我的伞丢了。\n/quit\n")
+    page.say("A talk. The first two lines are of the log, the third is not, and 28 records on so small a base leave little for it:")
+    page.run("tnl chat $WORK/run --temperature 0", stdin="老板，来一壶热茶。\n今天怎么没人？\n我的伞丢了。\n/quit\n")
     page.close()
 
 

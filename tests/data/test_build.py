@@ -119,7 +119,7 @@ def test_overlong_records_are_cut_dropped_or_refused(tmp_path: Path) -> None:
     assert (cut.report.truncated, cut.report.dropped) == (1, 0) and "cut, the end token kept" in cut.report.notices[0]
     dropped = build(replace(section, overlong="drop"), TOKENIZER)
     assert (ids(dropped.train), dropped.report.truncated, dropped.report.dropped) == (["record 2"], 0, 1)
-    with pytest.raises(DataError, match=r"record 1: 1 records exceed max_length 64 .*longest 4\d\d.*Set data.max_length: 4"):
+    with pytest.raises(DataError, match=r"record 1: 1 record exceeds max_length 64 .*longest 4\d\d.*Set data.max_length: 4"):
         build(replace(section, overlong="error"), TOKENIZER)
     whole = build(replace(section, max_length=None), TOKENIZER)
     assert len(whole.train[0]["input_ids"]) > 400 and whole.report.truncated == 0

@@ -244,9 +244,8 @@ def account(report: Report, reading: Reading, lengths: list[tuple[int, str]]) ->
 def judge_overlong(overlong: list[tuple[int, str]], empty: list[str], section: Section, report: Report) -> None:
     """Count what is too long, and raise DataError where the recipe wants none."""
     longest, where = max(overlong, key=lambda pair: pair[0])
-    what = (
-        f"{len(overlong):,} records exceed max_length {section.max_length} (p95 {report.percentiles[95]:,}, longest {longest:,}: {where})"
-    )
+    many = "1 record exceeds" if len(overlong) == 1 else f"{len(overlong):,} records exceed"
+    what = f"{many} max_length {section.max_length} (p95 {report.percentiles[95]:,}, longest {longest:,}: {where})"
     if section.overlong == "error":
         raise DataError(overlong[0][1], what, f"Set data.max_length: {longest}, or data.overlong: truncate or drop.")
     if section.overlong == "truncate":
