@@ -254,6 +254,7 @@ UNCHANGED = [
     "train.save_total_limit=9",
     "train.gradient_checkpointing=true",
     "train.state_offload=gpu",
+    "train.cuda_graphs=false",
     "generation.top_k=3",
     "model.backend=reference",
 ]

@@ -22,7 +22,7 @@ _NOT_OF_THE_RUN = re.compile(
     r"train\.(output_dir|run_name|project|report_to|disable_tqdm|log_.*|logging_.*|save_.*|eval_.*|per_device_eval_batch_size|"
     r"load_best_model_at_end|metric_for_best_model|greater_is_better|push_to_hub|hub_.*|trackio_.*|gradient_checkpointing.*|"
     r"activation_checkpointing.*|dataloader_.*|skip_memory_metrics|torch_empty_cache_steps|resume_from_checkpoint|ddp_.*|fsdp.*|deepspeed|"
-    r"save_on_each_node|debug|state_offload)"
+    r"save_on_each_node|debug|state_offload|cuda_graphs)"
 )
 
 
