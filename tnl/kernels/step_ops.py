@@ -22,7 +22,7 @@ from tnl.kernels.simple_rms_norm import norm_gate, simple_rms_norm
 from tnl.kernels.skinny_linear import LowRank, expand_, shrink, skinny_linear
 from tnl.kernels.triton_ops import SILU, Mixed, apply_norm, eps_of
 
-MOST = 32
+MOST = 16
 """Rows up to which the products are ours and not cuBLAS's."""
 read_attention = partial(triton_ops.attention_norm_gate, restart=True)
 """A prompt's chunk that stands at the end of its row, garbage before it: `segment_start` begins a sequence where the chunk does, and
