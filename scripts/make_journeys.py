@@ -86,10 +86,10 @@ class Journey:
             .replace(f"{self.work}/", "")
             .replace(f"{ROOT}/", "")
         )
-        lines = [line.split("\r")[-1].rstrip() for line in text.replace("\r\n", "\n").split("\n")]
-        noise = re.compile(r"\d+%\||it/s\]|Warning: |warnings\.warn|super\(\).__init__\(loader\)|`torch_dtype` is deprecated")
-        kept = "\n".join(re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines if not noise.search(line))
-        return re.sub(r"\n{3,}", "\n\n", kept).lstrip("\n")
+        ends = [(line, line.split("\r")[-1].rstrip()) for line in text.replace("\r\n", "\n").split("\n")]
+        lines = [end for line, end in ends if end or "\r" not in line]
+        noise = re.compile(r"\d+%\||\[WARNING\]|it/s\]|Warning: |warnings\.warn|super\(\).__init__\(loader\)|`torch_dtype` is deprecated")
+        return "\n".join(re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines if not noise.search(line))
 
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
