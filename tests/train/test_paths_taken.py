@@ -8,6 +8,7 @@ from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.recipe.sections import LoraSection
 from tnl.train import lora
+from tnl.train import paths_taken as forms
 from tnl.train.paths_taken import paths_taken, why_eager, words
 from tnl.train.step import Rows, alone
 
@@ -50,8 +51,7 @@ def test_without_triton(section: LoraSection | None, form: str) -> None:
     [
         (LoraSection(), Rows(100), False, "train.cuda_graphs is false"),
         (LoraSection(), Rows(100, padded=4), True, "records are padded"),
-        (LoraSection(), Rows(100, label_smoothing=0.1), True, "a part falls to a form of its own"),
-        (LoraSection(use_dora=True), Rows(100), True, "a part falls to a form of its own"),
+        (LoraSection(), Rows(100, label_smoothing=0.1), True, "there is no GPU"),
         (LoraSection(), Rows(100), True, "there is no GPU"),
     ],
 )
@@ -60,3 +60,11 @@ def test_why_a_step_is_not_recorded(section: LoraSection, rows: Rows, wanted: bo
     model = make(section, "triton")
     assert why_eager(model, rows, alone(model), wanted) == said
     assert words(paths_taken(model, rows, said)).endswith(f"step eager, since {said}")
+
+
+@pytest.mark.parametrize(("section", "rows"), [(LoraSection(), Rows(100, label_smoothing=0.1)), (LoraSection(use_dora=True), Rows(100))])
+def test_a_part_outside_keeps_a_gpu_from_recording(section: LoraSection, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(forms, "why_not", lambda model: "")
+    model = make(section, "triton")
+    assert why_eager(model, rows, alone(model), True) == "a part falls to a form of its own"

@@ -44,7 +44,7 @@ def why_eager(model: nn.Module, rows: Rows, engine: Engine, wanted: bool) -> str
         return "records are padded"
     paths = paths_taken(model, rows)
     if paths["lora"] != "fused" or not plain_head(causal_lm(model).get_output_embeddings(), rows):
-        return "a part falls to a form of its own"
+        return why_not(model) or "a part falls to a form of its own"
     return why_not(model)
 
 
