@@ -149,6 +149,24 @@ def test_a_cpu_run_takes_what_was_planned(tmp_path: Path, checkpointing: bool) -
     assert peak == pytest.approx(planned, rel=0.25), said
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [256, 1024])
+def test_a_streamed_cpu_run_takes_what_was_checked(tmp_path: Path, length: int) -> None:
+    (tmp_path / "novel.txt").write_text("".join(f"第{i}回 却说曹操自迎天子{i % 97}。\n" for i in range(500)), encoding="utf-8")
+    words = ["model.path=demo", "model.dtype=float32", f"data.train={tmp_path / 'novel.txt'}", f"train.output_dir={tmp_path / 'run'}"]
+    words += ["data.format=text", "data.max_length=null", "data.eval=0", "data.system=null", f"train.segment_length={length}"]
+    words += ["train.max_steps=2", "train.logging_steps=1", "train.use_cpu=true", "generation.max_new_tokens=2"]
+    said = [
+        subprocess.run([sys.executable, "-m", "tnl", name, "recipes/huanhuan-385m.yaml", *words], capture_output=True, text=True).stdout
+        for name in ("check", "train")
+    ]
+    foretold = float(re.search(r"this run .* ([\d.]+) GiB", said[0]).group(1))  # type: ignore[union-attr]
+    planned = float(re.search(r"tokens: ([\d.]+) of [\d.]+ GiB", said[1]).group(1))  # type: ignore[union-attr]
+    peak = max(line["peak_memory_reserved"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")) / plan.GIB
+    assert all(f"in segments of {length:,} tokens" in text for text in said) and "tokens/s on this CPU" in said[0]
+    assert peak == pytest.approx(planned, rel=0.15) and foretold == pytest.approx(planned, abs=0.2), said
+
+
 def test_a_process_knows_its_memory() -> None:
     """The peak stays when what was held is given back."""
     program = (

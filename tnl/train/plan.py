@@ -40,6 +40,8 @@ H100 with rows of 400 to 8,000 tokens, where the plan before them was 4% and 8% 
 HEAP = {False: 0.9, True: 6.0}
 """How much of a row's bytes the C library keeps on a CPU after they were freed, without and with layers recomputed, 1 GiB at most:
 chosen from readings of the demo base with rows of 4,096 tokens (larger models' tensors go straight back to the system)."""
+LATER = 64 * 1024**2
+"""What the program takes on a CPU behind the plan, beside tensors: Trainer, autograd's threads. Read on the demo base: 45 to 60 MiB."""
 CPU_SHARE = 0.7
 """Of the memory that is available: the rest is left to other programs."""
 LADDER = [2**n * base // 4 for n in range(6, 19) for base in (4, 6)]
@@ -229,7 +231,7 @@ def make(
         whole = list(build(config, section, dtype, "reference", where).parameters())
     frozen = sum(p.numel() * p.element_size() for p in whole if not p.requires_grad)
     trained = sum(p.numel() * p.element_size() for p in whole if p.requires_grad)
-    overhead = OVERHEAD if device.type == "cuda" else host.resident()
+    overhead = OVERHEAD if device.type == "cuda" else host.resident() + LATER
     traces = partial(fit, config, section, dtype, device, backend)
     return Plan(frozen, trained, OPTIMIZER_STATES.get(optimizer, 2), traces, overhead, device.type != "cuda")
 
