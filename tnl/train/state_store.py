@@ -107,7 +107,7 @@ def place(segments: int, length: int, state_bytes: int, offload: Offload, device
     needed, least = kept * state_bytes, kept_bytes(kept, best_every(kept), state_bytes)
     held = max(room // state_bytes + 1, 1) * length
     what = f"the states of a row of {segments * length:,} tokens need {needed / GIB:.1f} GiB of {where} ({segments:,} segments of"
-    what += f" {state_bytes / 2**20:.0f} MiB; there are {max(room, 0) / GIB:.1f} GiB, enough for {held:,} tokens)"
+    what += f" {state_bytes / 2**20:.3g} MiB; there are {max(room, 0) / GIB:.1f} GiB, enough for {held:,} tokens)"
     if least > room:
         todo = f"Even every k-th needs {least / GIB:.1f} GiB. This would fit: data.max_length={held}, or a longer train.segment_length."
         raise MemoryBudgetError("", what, todo)
