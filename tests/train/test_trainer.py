@@ -16,8 +16,9 @@ from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.recipe.sections import LoraSection, TrainSection
 from tnl.run_dir import RunDir, checkpoints, latest_valid
-from tnl.train import arguments, checkpoint, lora
+from tnl.train import arguments, checkpoint, lora, recomputation
 from tnl.train import trainer as module
+from tnl.train.graphed import Graphed
 from tnl.train.order import StepSampler
 from tnl.train.step import Rows
 from tnl.train.trainer import Record, TnlTrainer
@@ -155,6 +156,7 @@ def test_a_number_that_is_not_finite_stops_before_the_update(tmp_path: Path, har
     assert caught.value.exit_code == 5 and caught.value.where == f"step {at}"
     assert named in str(caught.value) and "records: r:" in str(caught.value)
     assert all(torch.equal(p, weights[name]) for name, p in trainer.guard.parameters)
+    assert all(line["step"] < at for line in trainer.state.log_history)
     for step, folder in checkpoints(RunDir(tmp_path)):
         assert step < at
         for value in load_file(folder / "adapter_model.safetensors").values():
@@ -346,3 +348,16 @@ def test_split_rows_stay_split_after_a_stop(tmp_path: Path) -> None:
     trainer = make(tmp_path, max_steps=4)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert (trainer.rows.budget, trainer.rows.chunk) == (8, 16)
+
+
+def test_a_run_that_went_on_recomputing_is_not_recorded_when_it_is_resumed(tmp_path: Path) -> None:
+    for name, recomputes in (("plain", False), ("recomputed", True)):
+        stopped = make(tmp_path / name, max_steps=4)
+        if recomputes:
+            recomputation.enable(stopped.net)  # as Rows.shrink does
+        stopped.stop_requested = lambda stopped=stopped: stopped.state.global_step >= 2
+        stopped.train()
+        trainer = make(tmp_path / name, max_steps=4)
+        trainer.graphed = Graphed(trainer.net)
+        trainer.train(resume_from_checkpoint=str(tmp_path / name / "checkpoint-2"))
+        assert (trainer.graphed is None) == recomputation.enabled(trainer.net) == recomputes

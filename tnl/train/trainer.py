@@ -19,7 +19,7 @@ from tnl.errors import RecipeError
 from tnl.evaluate import perplexity
 from tnl.run_dir import RunDir, check_checkpoint, rotate
 from tnl.storage import require_space, staged
-from tnl.train import checkpoint
+from tnl.train import checkpoint, recomputation
 from tnl.train.arguments import Settings
 from tnl.train.graphed import Graphed
 from tnl.train.guard import Guard
@@ -338,6 +338,10 @@ class TnlTrainer(Trainer):
             self.resumed = check_checkpoint(folder, int(folder.name.rpartition("-")[2]))
             checkpoint.load_weights(self.net, folder)
         self.rows.restore(self.resumed["rows"], self.net)
+        if recomputation.enabled(
+            self.net
+        ):  # since memory ran out before the stop: what enters a layer leaves the device, which no graph holds
+            self.graphed = None
         self.supervised = self.resumed["supervised"]
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
