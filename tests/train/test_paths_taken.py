@@ -24,19 +24,19 @@ def make(section: LoraSection | None, backend: str) -> nn.Module:
 
 def test_the_fast_path() -> None:
     pytest.importorskip("triton")
-    line = words(paths_taken(make(LoraSection(), "triton"), Rows(100)))
+    line = words(paths_taken(make(LoraSection(), "triton"), Rows(100), ""))
     assert line == "computed: attention Triton; LoRA fused; loss in chunks of 1024; rows packed; step in CUDA graphs"
 
 
 def test_the_option_that_leaves_it_is_named() -> None:
     pytest.importorskip("triton")
-    paths = paths_taken(make(LoraSection(use_dora=True, target_modules=["l1"]), "triton"), Rows(100))
+    paths = paths_taken(make(LoraSection(use_dora=True, target_modules=["l1"]), "triton"), Rows(100), "")
     assert paths["lora"].startswith("by PEFT's own forward in 2 of 2 modules, because of DoraLinear")
 
 
 @pytest.mark.parametrize(("section", "form"), [(LoraSection(), "plain PyTorch"), (None, "none")])
 def test_without_triton(section: LoraSection | None, form: str) -> None:
-    paths = paths_taken(make(section, "reference"), Rows(100, padded=4, label_smoothing=0.1))
+    paths = paths_taken(make(section, "reference"), Rows(100, padded=4, label_smoothing=0.1), "")
     assert paths == {
         "attention": "plain PyTorch",
         "lora": form,

@@ -12,22 +12,15 @@ from tnl.train.engines import Engine
 from tnl.train.graphed import why_not
 from tnl.train.step import Rows, plain_head
 
+FUSED = "fused"
 
-def paths_taken(model: nn.Module, rows: Rows, eager: str = "") -> dict[str, str]:
-    """Part -> form: attention, lora, loss, rows, step. eager: why the step is not recorded in CUDA graphs (`why_eager`)."""
+
+def paths_taken(model: nn.Module, rows: Rows, eager: str) -> dict[str, str]:
+    """Part -> form: attention, lora, loss, rows, step. eager: why the step is not recorded in CUDA graphs (`why_eager`), or empty."""
     base: Any = causal_lm(model)
-    hindrances = [hindrance(module) for module in adapters(model)]
-    outside = Counter(why for why in hindrances if why)
-    if base.backend != "triton" or not hindrances:
-        lora = "plain PyTorch" if hindrances else "none"
-    elif outside:
-        why, count = outside.most_common(1)[0]
-        lora = f"by PEFT's own forward in {count} of {len(hindrances)} modules, because of {why}"
-    else:
-        lora = "fused"
     return {
         "attention": "Triton" if base.backend == "triton" else "plain PyTorch",
-        "lora": lora,
+        "lora": lora_form(model),
         "loss": f"in chunks of {rows.chunk}" if plain_head(base.get_output_embeddings(), rows) else "by the head's own forward",
         "rows": "packed" if rows.padded is None else f"padded, {rows.padded} records at once",
         "step": f"eager, since {eager}" if eager else "in CUDA graphs",
@@ -42,10 +35,22 @@ def why_eager(model: nn.Module, rows: Rows, engine: Engine, wanted: bool) -> str
         return "several processes train"
     if rows.padded is not None:
         return "records are padded"
-    paths = paths_taken(model, rows)
-    if paths["lora"] != "fused" or not plain_head(causal_lm(model).get_output_embeddings(), rows):
-        return why_not(model) or "a part falls to a form of its own"
-    return why_not(model)
+    if why := why_not(model):
+        return why
+    plain = plain_head(causal_lm(model).get_output_embeddings(), rows)
+    return "" if plain and lora_form(model) == FUSED else "a part falls to a form of its own"
+
+
+def lora_form(model: nn.Module) -> str:
+    """How the adapters are computed, and what keeps some of them from being fused."""
+    hindrances = [hindrance(module) for module in adapters(model)]
+    outside = Counter(why for why in hindrances if why)
+    if causal_lm(model).backend != "triton" or not hindrances:
+        return "plain PyTorch" if hindrances else "none"
+    if not outside:
+        return FUSED
+    why, count = outside.most_common(1)[0]
+    return f"by PEFT's own forward in {count} of {len(hindrances)} modules, because of {why}"
 
 
 def adapters(model: nn.Module) -> Iterator[nn.Module]:

@@ -88,10 +88,9 @@ class Rows:
 
     def collate(self, row: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """A packed row; one that is computed in segments is not filled up, and stays where it lies where it is one record."""
-        whole = not self.streams(sum(len(record["input_ids"]) for record in row))
-        if not whole and len(row) == 1:
-            return collate_long(row[0])
-        return collate_rows(row, multiple=self.multiple if whole else 1, pad_id=self.pad_id)
+        if self.streams(sum(len(record["input_ids"]) for record in row)):
+            return collate_long(row[0]) if len(row) == 1 else collate_rows(row)
+        return collate_rows(row, multiple=self.multiple, pad_id=self.pad_id)
 
     def supervised(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """supervised_positions, filled up with targets that are ignored; both empty where there are none."""
