@@ -69,6 +69,16 @@ def test_any_subset_of_modules(targets: list[str] | str) -> None:
     compare(make(targets), None, **batch())
 
 
+def test_a_second_backward_pass_is_refused() -> None:
+    """The GLU's halves have been written over: the gradients would be wrong without a word."""
+    model = make().to(DEVICE)
+    model.base_model.model.model.pick_kernels("triton")
+    loss = model(dropout_keys=None, use_cache=False, **batch()).logits.sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward pass"):
+        loss.backward()
+
+
 def test_the_same_masks_as_the_reference() -> None:
     compare(make(dropout=0.4), keys_of(), **batch())
 

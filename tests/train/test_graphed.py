@@ -64,6 +64,24 @@ def test_graphs_give_the_bits_of_the_eager_form(device: str, budget: int) -> Non
         assert all(torch.equal(a, b) for a, b in zip(grads, others))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_graph_adds_to_what_an_eager_row_has_left(device: str) -> None:
+    """In the last step the first row's shape is new, and the second's has its graph."""
+    rows, lengths = Rows(48, multiple=16), [(9,), (10,), (40, 12)]
+    steps = [[record(length, 100 * i + j) for j, length in enumerate(row)] for i, row in enumerate(lengths)]
+    found = {}
+    for form in ("eager", "graphed"):
+        model = make(device)
+        graphed = Graphed(model) if form == "graphed" else None
+        for number, records in enumerate(steps):
+            model.zero_grad()
+            step(model, records, rows, seed=number, graphed=graphed)
+        found[form] = [p.grad for p in model.parameters() if p.grad is not None]
+    assert graphed is not None and len(graphed.graphs.known) == 1 and len(graphed.seen) == 2
+    for a, b in zip(found["graphed"], found["eager"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
 def test_rows_filled_up_teach_the_same() -> None:
     model = make("cpu")
     for (loss, grads), (other, others) in zip(steps_of(model, Rows(1000), None), steps_of(model, Rows(1000, multiple=16), None)):
