@@ -62,13 +62,12 @@ class Journey:
             ["bash", "-c", command],
             cwd=ROOT,
             env=env,
-            input=stdin,
+            input=None if stdin is None else stdin.encode(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
             timeout=limit,
         )
-        text = self.clean(made.stdout)
+        text = self.clean(made.stdout.decode())  # not by text=True, which would make lines of a progress bar's states
         print(text, flush=True)
         self.lines += ["```console", f"$ {self.clean(shown)}", *text.rstrip().splitlines(), "```", ""]
         self.write()
