@@ -11,6 +11,7 @@ from tnl.data.template import TEMPLATES
 from tnl.errors import ModelError, RecipeError
 from tnl.generate.resolve import resolve
 from tnl.generate.sampling import Settings
+from tnl.model import load
 
 CPU: dict[str, Any] = {"device": "cpu"}
 
@@ -45,6 +46,14 @@ def test_a_model(base: Path, tmp_path: Path) -> None:
     talker = resolve(str(folder), {"device": "cpu", "template": "alpaca", "system": "hi"})
     assert talker.settings == Settings(2048, True, 1.0, 50, 1.0, 0.0, 1.03)
     assert talker.template is TEMPLATES["alpaca"] and talker.system == "hi" and not talker.notices
+
+
+def test_bfloat16_where_float32_does_not_fit(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = sum(parameter.numel() for parameter in resolve(str(base), CPU).model.parameters())
+    monkeypatch.setattr(load, "free_memory", lambda device: 3 * size)
+    talker = resolve(str(base), CPU)
+    assert talker.model.dtype == torch.bfloat16 and any("bfloat16 is used" in notice for notice in talker.notices)
+    assert not any("bfloat16" in notice for notice in resolve(str(base), {"device": "cpu", "dtype": "bfloat16"}).notices)
 
 
 def test_plain_peft_without_tnl_json(adapter: Path) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tnl.errors import ModelError, RecipeError
+from tnl.errors import MemoryBudgetError, ModelError, RecipeError
+from tnl.model import load
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.load import load_model, load_tokenizer, pick_device
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
@@ -23,6 +24,18 @@ def test_dtype_and_device() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(RecipeError, match=r"^device cuda: there is no GPU"):
             pick_device("cuda")
+
+
+def test_what_does_not_fit_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 where it fits a CPU's memory, else bfloat16, else an error with what is needed, before a weight is read."""
+    weights = sum(parameter.numel() for parameter in load_model(GOLDEN / "base", device="cpu").parameters())
+    monkeypatch.setattr(load, "free_memory", lambda device: 3 * weights)
+    assert load_model(GOLDEN / "base", device="cpu").dtype == torch.bfloat16
+    with pytest.raises(MemoryBudgetError, match=r"base: its weights take .* GiB in float32, and .* are free on cpu.*bfloat16 or a smaller"):
+        load_model(GOLDEN / "base", device="cpu", dtype="float32")
+    monkeypatch.setattr(load, "free_memory", lambda device: weights)
+    with pytest.raises(MemoryBudgetError, match="in bfloat16"):
+        load_model(GOLDEN / "base", device="cpu")
 
 
 def test_a_tokenizer_of_more_pieces_than_rows_is_refused(tmp_path: Path) -> None:

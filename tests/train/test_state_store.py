@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from tnl import host
 from tnl.errors import MemoryBudgetError
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.model.state import TransnormerCache
-from tnl.train import host, state_store
+from tnl.train import state_store
 from tnl.train.state_store import Placement, StateStore, best_every, kept_bytes, place, state_bytes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
+import torch
+
 from tnl import hub
 from tnl.adapter.gate import CONFIG
 from tnl.adapter.load import base_folder, load_adapter
@@ -74,6 +76,8 @@ def resolve(word: str, options: Options | None = None) -> Talker:
     template = choose_template(metadata, taught, options.get("template"), notices)
     tokenizer = load_own_tokenizer(weights, metadata, taught)
     model: Any = load_model(weights, dtype=options.get("dtype", "auto"), device=options.get("device", "auto"))
+    if options.get("dtype", "auto") == "auto" and (model.device.type, model.dtype) == ("cpu", torch.bfloat16):
+        notices.append("in float32 the weights do not fit this machine's memory: bfloat16 is used")
     if adapter is not None:
         model = load_adapter(model, adapter)
     settings = choose_settings(metadata, weights).changed(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
 
-from tnl import hub
-from tnl.errors import ModelError, RecipeError
+from tnl import host, hub
+from tnl.errors import MemoryBudgetError, ModelError, RecipeError
 from tnl.model.configuration_transnormer import TransnormerConfig
-from tnl.model.convert import as_dtype, read_config
+from tnl.model.convert import as_dtype, headers, read_config, weight_files
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.model.tokenization_baichuan import BaiChuanTokenizer
 
@@ -21,13 +22,41 @@ def load_model(
     device: str | torch.device = "auto",
     backend: str = "auto",
 ) -> TransnormerForCausalLM:
-    """The model in a local folder, in eval mode. Raises ModelError; RecipeError for a device that is not there.
+    """The model in a local folder, in eval mode. Raises ModelError; RecipeError for a device that is not there; MemoryBudgetError.
 
-    device auto: the GPU where there is one, else the CPU. dtype auto: bfloat16 on a GPU, float32 on a CPU.
+    device auto: the GPU where there is one, else the CPU. dtype auto: bfloat16 on a GPU; float32 on a CPU, and bfloat16 where that alone
+    fits its memory.
     """
-    device = pick_device(device)
-    chosen = (torch.float32 if device.type == "cpu" else torch.bfloat16) if dtype == "auto" else as_dtype(dtype)
-    return TransnormerForCausalLM.from_pretrained(hub.resolve(str(path)), dtype=chosen, device_map=device, backend=backend)
+    folder, device = hub.resolve(str(path)), pick_device(device)
+    config = read_config(folder)
+    wanted = [as_dtype(dtype)] if dtype != "auto" else [torch.bfloat16] if device.type != "cpu" else [torch.float32, torch.bfloat16]
+    chosen = fitting(folder, device, wanted)
+    return TransnormerForCausalLM.from_pretrained(folder, config=config, dtype=chosen, device_map=device, backend=backend)
+
+
+def fitting(folder: Path, device: torch.device, wanted: list[torch.dtype]) -> torch.dtype:
+    """The first dtype in which a folder's weights fit the memory that is free: an operating system ends what takes more, without a word.
+
+    Raises MemoryBudgetError where none does.
+    """
+    weights = sum(math.prod(shape) for file in weight_files(folder) for shape, _ in headers(file).values())
+    room = free_memory(device)
+    for dtype in wanted:
+        if weights * dtype.itemsize <= room:
+            return dtype
+    need, name = weights * wanted[-1].itemsize / 2**30, str(wanted[-1]).removeprefix("torch.")
+    what = f"its weights take {need:.1f} GiB in {name}, and {room / 2**30:.1f} GiB are free on {device}"
+    raise MemoryBudgetError(folder, what, f"End other programs, or take {'bfloat16 or ' if wanted[-1].itemsize > 2 else ''}a smaller model")
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that may still be taken on a device; infinite where nobody knows."""
+    if device.type == "cpu":
+        return host.available()
+    if device.type != "cuda":
+        return math.inf
+    # what PyTorch keeps for later counts as taken
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from tnl import host
 from tnl.evaluate.perplexity import causal_lm
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.recipe.sections import LoraSection
-from tnl.train import host, plan, recomputation
+from tnl.train import plan, recomputation
 from tnl.train.step import Rows, forward_backward
 
 CPU_WORK = 3e10

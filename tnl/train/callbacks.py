@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tnl import host
 from tnl.run_dir import trim_metrics
 from tnl.storage import storage
-from tnl.train import host
 
 GIB = 1024**3
 RISE = 1.01

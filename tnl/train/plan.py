@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tnl import host
 from tnl.errors import MemoryBudgetError
 from tnl.evaluate.perplexity import causal_lm
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.recipe.sections import LoraSection, TrainSection
-from tnl.train import host, lora, recomputation
+from tnl.train import lora, recomputation
 from tnl.train.places import Where
 from tnl.train.step import Rows, forward_backward
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tnl.errors import MemoryBudgetError
+from tnl.host import available
 from tnl.model.configuration_transnormer import TransnormerConfig
-from tnl.train.host import available
 
 GIB = 1024**3
 HOST_SHARE = 0.8
