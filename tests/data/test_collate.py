@@ -2,7 +2,7 @@ import numpy
 import pytest
 import torch
 
-from tnl.data.collate import collate_long, collate_padded, collate_rows
+from tnl.data.collate import collate_long, collate_padded, collate_rows, record_keys
 
 RECORDS = [
     {"id": "a", "input_ids": [5, 6, 0, 2], "labels": [-100, -100, 0, 2]},
@@ -23,6 +23,24 @@ def test_a_row_filled_up_to_a_multiple_ends_in_a_segment_of_its_own() -> None:
     assert row["input_ids"].tolist()[0][6:] == [9, 9]
     assert row["labels"].tolist()[0][6:] == [-100, -100]
     assert row["position_ids"].tolist()[0][6:] == [0, 1]
+
+
+def test_a_row_has_what_its_records_share_once() -> None:
+    records = [{"id": str(i), "input_ids": [5, 6, i, i], "labels": [-100, -100, -100, i]} for i in (7, 8, 9)]
+    row = collate_rows(records, shared=2, multiple=3, pad_id=1)
+    assert row["input_ids"].tolist() == [[5, 6, 7, 7, 8, 8, 9, 9, 1]]
+    assert row["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 2, 3, 0]]
+    assert row["labels"].tolist() == [[-100, -100, -100, 7, -100, 8, -100, 9, -100]]
+
+
+def test_tokens_that_are_shared_are_dropped_alike() -> None:
+    """In a row that has them once, in rows that do not, and in segments."""
+    records = [{**record, "draw": i, "shared_draw": (2, 77)} for i, record in enumerate([*RECORDS, RECORDS[0]])]
+    keys = collate_rows(records)["dropout_keys"][0]
+    assert torch.equal(keys[:2], keys[4:6]) and torch.equal(keys[:2], keys[6:8]) and keys[2] != keys[8]
+    assert torch.equal(collate_padded(records, 0)["dropout_keys"][0], keys[:4])
+    assert torch.equal(record_keys(collate_long(records[2]), torch.arange(1, 4)), keys[7:])
+    assert torch.equal(collate_rows(records[::2], shared=2)["dropout_keys"][0], torch.cat([keys[:4], keys[8:]]))
 
 
 @pytest.mark.parametrize("multiple", [1, 8])

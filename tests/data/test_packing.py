@@ -1,8 +1,11 @@
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tnl.data.packing import pack
+from tnl.data.packing import pack, shared_tokens
 
 
 def records(lengths: list[int]) -> list[dict]:
@@ -24,6 +27,39 @@ def test_best_fit_decreasing_leaves_no_needless_row() -> None:
 
 def test_a_record_longer_than_a_row_stands_alone() -> None:
     assert ids(pack(records([30, 4, 5]), 10)) == [["0"], ["1", "2"]]
+
+
+def test_what_all_begin_with_counts_once_a_row() -> None:
+    assert ids(pack(records([8, 9, 7]), 14, shared=5)) == [["0", "1", "2"]]
+    assert ids(pack(records([8, 9, 7]), 10, shared=5)) == [["0", "2"], ["1"]]
+    assert ids(pack(records([8, 9]), 4, shared=5)) == [["0"], ["1"]]  # nothing fits: each has a row of its own
+
+
+PROMPT = [3, 1, 4, 1, 5, 9]
+
+
+def asked(change: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
+    """Three records of one prompt, each going on with its number, which is not learned, and two tokens that are."""
+    made = [{"id": str(i), "input_ids": [*PROMPT, i, 7, 8], "labels": [-100] * 7 + [7, 8]} for i in range(3)]
+    change(made)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("change", "count"),
+    [
+        (lambda made: None, 6),
+        (lambda made: made[1]["input_ids"].__setitem__(4, 99), 4),
+        (lambda made: made[1]["labels"].__setitem__(6, 1), 5),  # what predicts it would be shared
+        (lambda made: made[2]["labels"].__setitem__(2, 4), 1),
+        (lambda made: made[2]["labels"].__setitem__(0, 3), 6),  # nothing predicts a record's first token
+        (lambda made: made[1].update(input_ids=PROMPT[:4], labels=[-100] * 4), 3),  # something has to go on
+        (lambda made: made.append({"id": "empty", "input_ids": [], "labels": []}), 0),
+        (lambda made: made.clear(), 0),
+    ],
+)
+def test_what_records_begin_with(change: Callable[[list[dict[str, Any]]], None], count: int) -> None:
+    assert shared_tokens(asked(change)) == count
 
 
 def test_a_row_holds_something() -> None:

@@ -12,35 +12,49 @@ from tnl.data.template import IGNORED
 from tnl.kernels.lora import token_keys
 
 
-def collate_rows(row: Sequence[Mapping[str, Any]], *, multiple: int = 1, pad_id: int = 0) -> dict[str, Tensor]:
+def collate_rows(row: Sequence[Mapping[str, Any]], *, shared: int = 0, multiple: int = 1, pad_id: int = 0) -> dict[str, Tensor]:
     """One row of records end to end: input_ids, labels, position_ids, each [1, T] int64.
 
     Positions restart at 0 with every record, which is how transformers marks packed rows. The first label of a record is -100:
-    after the shift by one it would be learned from the record before. `multiple` fills up with pad_id as a segment of its own, not learned.
+    after the shift by one it would be learned from the record before. Of the first `shared` tokens, where all records begin with them,
+    the row has those of its first record alone; the others go on behind them, at position `shared`. `multiple` fills up with pad_id as
+    a segment of its own, not learned.
     Records that carry a number "draw" give dropout_keys, [1, T] int32: their tokens' masks are the same in any row (kernels/lora.py).
     """
-    sizes = [len(record["input_ids"]) for record in row]
+    begins = [shared * (i > 0) for i in range(len(row))]
+    sizes = [len(record["input_ids"]) - begin for record, begin in zip(row, begins)]
     fill = -sum(sizes) % multiple
     ids = torch.full((1, sum(sizes) + fill), pad_id)
     labels = torch.full_like(ids, IGNORED)
-    for record, size, stop in zip(row, sizes, accumulate(sizes)):
+    for record, begin, size, stop in zip(row, begins, sizes, accumulate(sizes)):
         start = stop - size
-        ids[0, start:stop] = as_tensor(record["input_ids"])
-        labels[0, start + 1 : stop] = as_tensor(record["labels"])[1:size]
-    positions = torch.cat([torch.arange(size) for size in (*sizes, fill)])[None]
-    batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
+        ids[0, start:stop] = as_tensor(record["input_ids"])[begin:]
+        labels[0, start + 1 : stop] = as_tensor(record["labels"])[begin + 1 :]
+    places = [torch.arange(begin, begin + size) for begin, size in zip(begins, sizes)]
+    batch = {"input_ids": ids, "labels": labels, "position_ids": torch.cat([*places, torch.arange(fill)])[None]}
     if "draw" in row[0]:
-        keys = [token_keys(record["draw"], torch.arange(len(record["input_ids"]))) for record in row]
+        keys = [record_keys(record, where) for record, where in zip(row, places)]
         batch["dropout_keys"] = torch.cat([*keys, torch.zeros(fill, dtype=torch.int32)])[None]
     return batch
 
 
 def collate_long(record: Mapping[str, Any]) -> dict[str, Tensor]:
     """A record alone in its row, nothing made or copied: input_ids and labels [1, T] as the record holds them (its first label is never
-    learned), and its number "draw", where it has one. For long_sequence.py, which takes a segment at a time.
+    learned), and where its dropout comes from, if it says so. For long_sequence.py, which takes a segment at a time.
     """
     batch = {name: as_tensor(record[name])[None] for name in ("input_ids", "labels")}
-    return batch | ({"draw": torch.tensor(record["draw"])} if "draw" in record else {})
+    return batch | {name: torch.tensor(record[name]) for name in ("draw", "shared_draw") if name in record}
+
+
+def record_keys(record: Mapping[str, Any], positions: Tensor) -> Tensor:
+    """[T] int32: what the dropout masks of a record's tokens at these positions [T] come from: its number "draw", or where it has a
+    "shared_draw" (tokens, number) that number for the first tokens, so that these are dropped alike in every record.
+    """
+    keys = token_keys(int(record["draw"]), positions)
+    if "shared_draw" not in record:
+        return keys
+    tokens, draw = (int(x) for x in record["shared_draw"])
+    return torch.where(positions < tokens, token_keys(draw, positions), keys)
 
 
 def as_tensor(ids: Any) -> Tensor:
@@ -65,5 +79,5 @@ def collate_padded(records: Sequence[Mapping[str, Any]], pad_id: int, *, multipl
         mask[i, :size] = 1
     batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
     if "draw" in records[0]:
-        batch["dropout_keys"] = torch.stack([token_keys(record["draw"], torch.arange(longest)) for record in records])
+        batch["dropout_keys"] = torch.stack([record_keys(record, torch.arange(longest)) for record in records])
     return batch

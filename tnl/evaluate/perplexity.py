@@ -63,14 +63,14 @@ def count_supervised(record: Mapping[str, Any]) -> int:
     return int(numpy.count_nonzero(numpy.asarray(record["labels"])[1:] != IGNORED))
 
 
-def hidden_states(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> Tensor:
-    """The final hidden states of a batch, flattened to [B T, D]; the head is left to the caller."""
+def hidden_states(model: nn.Module, batch: dict[str, Tensor], device: torch.device, shared: int = 0) -> Tensor:
+    """The final hidden states of a batch, flattened to [B T, D]; the head is left to the caller. shared: as collate_rows has it."""
     inputs = {
         name: stream.to_device(batch[name], device)
         for name in ("input_ids", "attention_mask", "position_ids", "dropout_keys")
         if name in batch
     }
-    return causal_lm(model).model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+    return causal_lm(model).model(**inputs, use_cache=False, shared=shared).last_hidden_state.flatten(0, 1)
 
 
 def loss(

@@ -32,6 +32,7 @@ class AttentionNormGate(Protocol):
         real: Tensor | None,
         lengths: Tensor | None,
         initial_state: Any,
+        shared: int = 0,
     ) -> tuple[Any, Any]: ...
 
 

@@ -243,6 +243,7 @@ def attention_norm_gate(
     real: Tensor | None,  # [B, T] bool: False where a token is padding
     lengths: Tensor | None,  # [B]: real tokens of a row, where padding follows them and the final state matters
     initial_state: Tensor | Deferred | None,  # [B, H, K, V]; one whose writing waits is for T = 1, and is written in place
+    shared: int = 0,  # first tokens of the one row that all its sequences begin with: segment_start is of those behind them
 ) -> tuple[Tensor, Any]:
     """u * norm(attention(f(q), f(k), v)): [B, T, E], and the final state [B, H, K, V]."""
     heads = log_decay.shape[0]
@@ -259,10 +260,26 @@ def attention_norm_gate(
     if real is not None:
         v = v * real[..., None, None]
     form = recurrent_lightning_attention if q.shape[1] == 1 else chunk_lightning_attention
-    o, state = form(q, k, v, log_decay, segment_start=segment_start, initial_state=initial_state)
+    o, state = attend(form, (q, k, v), log_decay, segment_start, initial_state, shared)
     if lengths is not None:
         state = padded_final_state(k, v, log_decay, lengths, segment_start, initial_state)
     return u * norm(o.flatten(2)), state
+
+
+def attend(
+    form: Callable[..., tuple[Tensor, Tensor]],  # of the attention
+    qkv: tuple[Tensor, Tensor, Tensor],
+    log_decay: Tensor,
+    segment_start: Tensor | None,
+    initial_state: Tensor | None,
+    shared: int,
+) -> tuple[Tensor, Tensor]:
+    """`form`; where the row's first `shared` tokens are every sequence's, each sequence behind them starts from the state they leave."""
+    if not shared:
+        return form(*qkv, log_decay, segment_start=segment_start, initial_state=initial_state)
+    first, state = form(*(x[:, :shared] for x in qkv), log_decay, initial_state=initial_state)
+    rest, state = form(*(x[:, shared:] for x in qkv), log_decay, segment_start=segment_start, restart_state=state[0])
+    return torch.cat([first, rest], 1), state
 
 
 def out_residual(x: Tensor, out_proj: Projection, residual: Tensor, draw: Draw | None = None) -> Tensor:

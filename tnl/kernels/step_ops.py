@@ -61,6 +61,7 @@ def attention_norm_gate(
     real: Tensor | None,  # [B, 1]: 0 or False where a slot is to stay as it is
     lengths: Tensor | None,
     initial_state: Tensor | Deferred,  # updated in place
+    shared: int = 0,  # of rows that are packed: none here
 ) -> tuple[Any, Any]:
     """As `reference.attention_norm_gate`; the first result is for `out_residual` of this module."""
     eps, state = eps_of(norm), initial_state

@@ -13,7 +13,7 @@ from tnl.kernels.fused_linear import fused_linear
 from tnl.kernels.lightning_chunk import lightning_attention
 from tnl.kernels.lightning_step import lightning_step
 from tnl.kernels.lora import Draw, Lora, lora_of, project
-from tnl.kernels.reference import ACTIVATIONS, Projection, linear_relative_position, padded_final_state
+from tnl.kernels.reference import ACTIVATIONS, Projection, attend, linear_relative_position, padded_final_state
 from tnl.kernels.silu import silu, silu_backward
 from tnl.kernels.simple_rms_norm import norm_gate, simple_rms_norm
 
@@ -85,6 +85,7 @@ def attention_norm_gate(
     real: Tensor | None,
     lengths: Tensor | None,
     initial_state: Tensor | None,
+    shared: int = 0,
     restart: bool = False,
 ) -> tuple[Tensor | Mixed, Tensor]:
     """As `reference.attention_norm_gate`; q, k and v are read straight from qkvu where SiLU is all that is done to them.
@@ -94,7 +95,7 @@ def attention_norm_gate(
     eps = eps_of(norm)
     fused = activation in SILU and rotary is None and real is None and lengths is None and eps is not None
     if fused and eps is not None and qkvu.shape[1] > 1 and not restart:
-        o, u, state = _Attention.apply(qkvu, log_decay, segment_start, initial_state)
+        o, u, state = _Attention.apply(qkvu, log_decay, segment_start, initial_state, shared)
         return Mixed(o, u, eps), state
     heads = log_decay.shape[0]
     q, k, v, u = qkvu.chunk(4, -1)
@@ -113,7 +114,7 @@ def attention_norm_gate(
     elif restart and segment_start is not None and initial_state is not None:
         o, state = lightning_attention(q, k, v, log_decay, segment_start=segment_start, restart_state=initial_state[0])
     else:
-        o, state = lightning_attention(q, k, v, log_decay, segment_start=segment_start, initial_state=initial_state)
+        o, state = attend(lightning_attention, (q, k, v), log_decay, segment_start, initial_state, shared)
     if lengths is not None:
         state = padded_final_state(k, v, log_decay, lengths, segment_start, initial_state)
     return (u * norm(o.flatten(2)) if eps is None else Mixed(o.flatten(2), u, eps)), state
@@ -123,35 +124,53 @@ class _Attention(torch.autograd.Function):
     """Attention of SiLU(q), SiLU(k) and v as they lie in qkvu [B, T, 4E]: o [B, T, E], u as it is, and the final state.
 
     SiLU is made by itself, forward and again backward: inside the sweeps every block of columns would make it anew. The gradient
-    of qkvu is written in place, into one tensor.
+    of qkvu is written in place, into one tensor. Of a row whose first `shared` tokens are all its sequences' (`reference.attend`)
+    both parts read and write slices of the same tensors.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, qkvu: Tensor, log_decay: Tensor, segment_start: Tensor | None, initial_state: Tensor | None
+        ctx: Any, qkvu: Tensor, log_decay: Tensor, segment_start: Tensor | None, initial_state: Tensor | None, shared: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        parts = *_activated(qkvu, len(log_decay)), log_decay
-        lightning_chunk.check(*parts, segment_start, initial_state, None)
+        parts = _activated(qkvu, len(log_decay))
         start, initial = (None if x is None else x.contiguous() for x in (segment_start, initial_state))
-        o, state = lightning_chunk.forward(*parts, start, initial, None, False)
-        ctx.save_for_backward(qkvu, log_decay, start, initial)
+        o = torch.empty(parts[2].shape, dtype=qkvu.dtype, device=qkvu.device)
+        before, restart = initial, None
+        if shared:
+            first = *_of(slice(shared), parts), log_decay
+            lightning_chunk.check(*first, None, initial, None)
+            before, restart = None, lightning_chunk.forward(*first, None, initial, None, False, out=o[:, :shared])[1][0]
+        rest = *_of(slice(shared, None), parts), log_decay
+        lightning_chunk.check(*rest, start, before, restart)
+        _, state = lightning_chunk.forward(*rest, start, before, restart, False, out=o[:, shared:])
+        ctx.save_for_backward(qkvu, log_decay, start, initial, restart)
+        ctx.shared = shared
         ctx.set_materialize_grads(False)
         return o.flatten(2), qkvu[..., -o.shape[2] * o.shape[3] :], state
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, du: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        qkvu, log_decay, start, initial = ctx.saved_tensors
-        heads, E = len(log_decay), qkvu.shape[-1] // 4
+        qkvu, log_decay, start, initial, restart = ctx.saved_tensors
+        heads, E, shared = len(log_decay), qkvu.shape[-1] // 4, ctx.shared
         d_qkvu = torch.empty_like(qkvu, memory_format=torch.contiguous_format)
         do = qkvu.new_zeros(*qkvu.shape[:2], E) if do is None else do
         d_qkvu[..., 3 * E :] = 0 if du is None else du
+        d_o = do.unflatten(-1, (heads, -1))
         dq, dk, dv, _ = d_qkvu.unflatten(-1, (4, heads, -1)).unbind(2)
-        parts = *_activated(qkvu, heads), log_decay
-        *_, d_initial, _ = lightning_chunk.backward(
-            do.unflatten(-1, (heads, -1)), d_final, *parts, start, initial, None, False, out=(dq, dk, dv)
-        )
+        parts = _activated(qkvu, heads)
+
+        def sweep(
+            of: slice, d_final: Tensor | None, start: Tensor | None, initial: Tensor | None, restart: Tensor | None
+        ) -> tuple[Tensor, Tensor | None]:
+            """Gradients of a part's q, k and v, where they belong, and of its initial and its restart state."""
+            args, out = (*_of(of, parts), log_decay, start, initial, restart), _of(of, (dq, dk, dv))
+            return lightning_chunk.backward(d_o[:, of], d_final, *args, False, out=out)[3:]
+
+        d_initial, d_restart = sweep(slice(shared, None), d_final, start, None if shared else initial, restart)
+        if d_restart is not None:
+            d_initial, _ = sweep(slice(shared), d_restart[None], None, initial, None)
         silu_backward(d_qkvu.flatten(0, 1)[:, : 2 * E], qkvu.flatten(0, 1)[:, : 2 * E])
-        return d_qkvu, None, None, d_initial if ctx.needs_input_grad[3] else None
+        return d_qkvu, None, None, d_initial if ctx.needs_input_grad[3] else None, None
 
 
 def _activated(qkvu: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,6 +178,12 @@ def _activated(qkvu: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     E = qkvu.shape[-1] // 4
     q, k = silu(qkvu.flatten(0, 1)[:, : 2 * E]).view(*qkvu.shape[:2], 2, heads, -1).unbind(2)
     return q, k, qkvu[..., 2 * E : 3 * E].unflatten(-1, (heads, -1))
+
+
+def _of(tokens: slice, qkv: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Some tokens of each."""
+    q, k, v = qkv
+    return q[:, tokens], k[:, tokens], v[:, tokens]
 
 
 def fusable(module: Projection, x: Tensor, draw: Draw | None) -> Lora | None:

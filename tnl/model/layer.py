@@ -36,6 +36,7 @@ class Rows(NamedTuple):
     real: Tensor | None = None  # [B, T] bool: False where a token is padding
     lengths: Tensor | None = None  # [B]: real tokens of a row, where padding follows them and the final state matters
     dropout_keys: Tensor | None = None  # [B, T] int32: where an adapter's dropout masks come from (kernels/lora.py)
+    shared: int = 0  # so many first tokens of the row are every sequence's: segment_start counts from behind them, [B, T - shared]
 
 
 def rotary_angles(theta: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -71,6 +72,7 @@ def decoder_layer(
         real=rows.real,
         lengths=rows.lengths,
         initial_state=state,
+        shared=rows.shared,
     )
     x = ops.out_residual(mixed, weights.out_proj, x, draw)
     gated, x = ops.norm_glu(x, weights.channel_norm, weights.l1, weights.l2, draw)

@@ -174,7 +174,7 @@ class TransnormerModel(TransnormerPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         dropout_keys: Tensor | None = None,  # [B, T] int32: what adapters' dropout masks are made of; None: drawn where it trains
-        **kwargs: Any,
+        **kwargs: Any,  # shared: so many first tokens of the one row are the start of all its sequences, whose positions go on from there
     ) -> BaseModelOutputWithPast:
         """Returns last_hidden_state [B, T, D]. Padding does not exist for a row: it neither adds to the state nor decays it."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -185,6 +185,8 @@ class TransnormerModel(TransnormerPreTrainedModel):
             use_cache = bool(self.config.use_cache) and not self.training
         cache = past_key_values if past_key_values is not None else TransnormerCache(len(self.layers)) if use_cache else None
         rows, order = arrange(x, attention_mask, position_ids, cache)
+        if shared := kwargs.get("shared", 0):
+            rows = sharing(rows, shared)
         if dropout_keys is None and self.training and x.shape[1] > 1:
             dropout_keys = torch.randint(-(2**31), 2**31, x.shape[:2], dtype=torch.int32, device=x.device)
         rows = rows._replace(dropout_keys=dropout_keys)
@@ -236,7 +238,7 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,  # [B, T], -100 where a token is not supervised
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,  # output_hidden_states, return_dict, dropout_keys; num_items_in_batch: what the summed loss is divided by
+        **kwargs: Any,  # output_hidden_states, return_dict, dropout_keys, shared; num_items_in_batch: what the summed loss is divided by
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Arguments as TransnormerModel.forward. The loss is the usual shift by one; no sequence predicts the next one's first token."""
         as_dict = kwargs.pop("return_dict", None) is not False
@@ -249,6 +251,7 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
             use_cache=False if labels is not None and use_cache is None else use_cache,
             output_hidden_states=kwargs.pop("output_hidden_states", None),
             dropout_keys=kwargs.pop("dropout_keys", None),
+            shared=kwargs.pop("shared", 0),
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
         logits = self.lm_head(out.last_hidden_state[:, kept if isinstance(logits_to_keep, int) else logits_to_keep])
@@ -319,6 +322,18 @@ def arrange(
         positions = positions.gather(1, order)
     start = torch.where(sequence_starts(positions), pos, -1).cummax(1).values
     return Rows(positions, start, real, lengths), order
+
+
+def sharing(rows: Rows, shared: int) -> Rows:
+    """The row [1, T] whose first `shared` tokens every sequence behind them begins with: each starts from the state they leave.
+
+    Raises ValueError for several rows, padding, or nothing behind those tokens.
+    """
+    behind = rows.positions[:, shared:]
+    if len(behind) > 1 or rows.segment_start is None or rows.real is not None or not behind.numel():
+        raise ValueError("sequences share their first tokens in one packed row alone: position_ids [1, T], T > shared, no padding")
+    starts = torch.where(sequence_starts(behind), torch.arange(behind.shape[1], device=behind.device), 0)
+    return rows._replace(segment_start=starts.cummax(1).values, shared=shared)
 
 
 def sequence_starts(positions: Tensor) -> Tensor:

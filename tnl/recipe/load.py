@@ -227,6 +227,9 @@ def _check(recipe: Recipe) -> None:
         raise complaints.Complaint(("data", "eval"), f"out of range (found {data.eval}; needed a share from 0 to 0.5, or files)")
     if data.persona is not None and data.format not in ("auto", "transcript"):
         raise complaints.Complaint(("data", "persona"), f"is for transcripts (found data.format: {data.format})", "Remove one of them.")
+    if data.shared_prompt is True and data.packing == "none":
+        what = "is true, and padded records have no row in common (found data.packing: none)"
+        raise complaints.Complaint(("data", "shared_prompt"), what, "Set data.packing to batch or fill.")
     try:
         " ".encode(data.encoding or "utf-8")
     except (LookupError, ValueError):

@@ -53,6 +53,8 @@ class DataSection(Strict):
     """batch: a step's records end to end in one row; none: padded (the loss is the same); fill: rows of row_tokens, which batches count."""
     row_tokens: int | None = Field(None, ge=8)
     """With packing fill, the tokens of a row; null is what fits into memory and keeps the machine busy."""
+    shared_prompt: bool | Literal["auto"] = "auto"
+    """Compute the tokens that all records begin with once a row; auto: where nothing is dropped; true: with one dropout for all records."""
 
 
 class LoraSection(LoraFields):

@@ -22,7 +22,7 @@ from tnl.model.convert import HEAD, check_keys, headers, weight_files
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.recipe.load import Recipe, load
 from tnl.run_dir import RunDir, changes
-from tnl.train import arguments, calibrate, engine_choice, order, plan, segments
+from tnl.train import arguments, calibrate, engine_choice, order, plan, segments, shared_prompt
 from tnl.train.crew import Crew
 from tnl.train.run import Base, fingerprint_of, occupied, prepare, show_table
 
@@ -65,11 +65,14 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), *, memory: float | Non
         model = plan.build(base.config, recipe.lora, base.dtype, "reference", recipe.where)
     show_table(model)
     layout = show_memory(recipe, base, data, memory)
-    units = order.units_of(recipe.data, lengths_of(data.train), layout.choice.budget or 1)
+    prompt = shared_prompt.choose(recipe, data.train, layout.choice.budget or 1)
+    if prompt.line:
+        say(prompt.line)
+    units = order.units_of(recipe.data, lengths_of(data.train), layout.choice.budget or 1, prompt.tokens)
     many = (recipe.train, len(units), settings.records_per_step)
     say(order.words(*many, order.UNITS[recipe.data.packing]))
     if memory is None:
-        show_time(recipe, base, data, layout, (order.count_steps(*many), max(order.steps_an_epoch(*many), 1)))
+        show_time(recipe, base, data, layout, prompt.spared, (order.count_steps(*many), max(order.steps_an_epoch(*many), 1)))
 
 
 def has_weights(folder: Path) -> bool:
@@ -162,9 +165,10 @@ def coloured(record: dict[str, Any], tokenizer: Any, brackets: bool) -> Text:
     return text
 
 
-def show_time(recipe: Recipe, base: Base, data: Dataset, layout: segments.Layout, steps: tuple[int, int]) -> None:
-    """How long training will take here, without measuring and saving, from a calibration of a few seconds; steps: of the run, and of an
-    epoch.
+def show_time(recipe: Recipe, base: Base, data: Dataset, layout: segments.Layout, spared: float, steps: tuple[int, int]) -> None:
+    """How long training will take here, without measuring and saving, from a calibration of a few seconds.
+
+    spared: share of the tokens that rows have in common; steps: of the run, and of an epoch.
     """
     lengths = lengths_of(data.train)
     longest = max(lengths)
@@ -174,7 +178,7 @@ def show_time(recipe: Recipe, base: Base, data: Dataset, layout: segments.Layout
     speed = calibrate.measure(base.config, recipe.lora, base.dtype, base.device, backend, tokens, recompute)
     if speed is None:
         return
-    seconds = sum(speed.seconds(length, segment, layout.every) for length in lengths)
+    seconds = (1 - spared) * sum(speed.seconds(length, segment, layout.every) for length in lengths)
     words = f"about {sum(lengths) / seconds:,.0f} tokens/s on this {base.device.type.upper()}"
     whole, step, row = clock(seconds * steps[0] / steps[1]), clock(seconds / steps[1]), clock(speed.seconds(longest, segment, layout.every))
     say(f"{words}: {whole} for the run, {step} a step, {row} for its longest record")

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tnl.data.collate import record_keys
 from tnl.evaluate.perplexity import causal_lm, supervised_positions
-from tnl.kernels.lora import token_keys
 from tnl.model.state import TransnormerCache
 from tnl.model.stream import to_device
 from tnl.train.state_store import Offload, Placement, StateStore, on_host, place, state_bytes
@@ -214,7 +214,7 @@ class _Stream:
     def dropout_keys(self, segment: Segment) -> Tensor | None:
         """[1, T] int32: what each token's dropout mask is drawn from; made where the row has but one record."""
         if "draw" in self.batch:
-            return token_keys(int(self.batch["draw"]), torch.arange(segment.start, segment.stop))[None]
+            return record_keys(self.batch, torch.arange(segment.start, segment.stop))[None]
         keys = self.batch.get("dropout_keys")
         return None if keys is None else keys[:, segment.start : segment.stop]
 

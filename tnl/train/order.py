@@ -79,9 +79,12 @@ class Batch:
         return [str(record["id"]) for record in self.records]
 
 
-def units_of(data: DataSection, lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """What batch sizes count: records, or with data.packing fill rows of them, of `budget` tokens where the recipe leaves it open."""
-    return pack_lengths(lengths, data.row_tokens or budget) if data.packing == "fill" else [[i] for i in range(len(lengths))]
+def units_of(data: DataSection, lengths: Sequence[int], budget: int, shared: int = 0) -> list[list[int]]:
+    """What batch sizes count: records, or with data.packing fill rows of them, of `budget` tokens where the recipe leaves it open.
+
+    shared: tokens that all records begin with and a row has once.
+    """
+    return pack_lengths(lengths, data.row_tokens or budget, shared) if data.packing == "fill" else [[i] for i in range(len(lengths))]
 
 
 def steps_an_epoch(section: TrainSection, records: int, size: int) -> int:

@@ -18,11 +18,12 @@ FUSED = "fused"
 def paths_taken(model: nn.Module, rows: Rows, eager: str) -> dict[str, str]:
     """Part -> form: attention, lora, loss, rows, step. eager: why the step is not recorded in CUDA graphs (`why_eager`), or empty."""
     base: Any = causal_lm(model)
+    packed = f"packed, the first {rows.shared} tokens of their records once" if rows.shared else "packed"
     return {
         "attention": "Triton" if base.backend == "triton" else "plain PyTorch",
         "lora": lora_form(model),
         "loss": f"in chunks of {rows.chunk}" if plain_head(base.get_output_embeddings(), rows) else "by the head's own forward",
-        "rows": "packed" if rows.padded is None else f"padded, {rows.padded} records at once",
+        "rows": packed if rows.padded is None else f"padded, {rows.padded} records at once",
         "step": f"eager, since {eager}" if eager else "in CUDA graphs",
     }
 

@@ -32,7 +32,7 @@ from tnl.model.tokenization_baichuan import BaiChuanTokenizer
 from tnl.recipe.load import Recipe, dump, load
 from tnl.run_dir import RunDir, fingerprint, open_run
 from tnl.storage import staged, storage
-from tnl.train import arguments, callbacks, checkpoint, engine_choice, lora, order, plan, recomputation, segments, together
+from tnl.train import arguments, callbacks, checkpoint, engine_choice, lora, order, plan, recomputation, segments, shared_prompt, together
 from tnl.train.engines import Engine
 from tnl.train.graphed import Graphed
 from tnl.train.paths_taken import paths_taken, why_eager, words
@@ -91,7 +91,7 @@ def train(recipe: Recipe, memory: float | None, allow: Sequence[str] = ()) -> Ru
     together.same_rows(crew, rows)
     with crew.together():
         row_tokens = RunDir(path).read_metadata().get("row_tokens") or rows.budget  # a resumed run's rows are those it began with
-        units = order.units_of(recipe.data, lengths_of(data.train), row_tokens)
+        units = order.units_of(recipe.data, lengths_of(data.train), row_tokens, rows.shared)
         args.num_train_epochs = order.epochs(recipe.train, len(units), settings.records_per_step)
         say(order.words(recipe.train, len(units), settings.records_per_step, order.UNITS[recipe.data.packing]))
         loaded = load_model(base.folder, dtype=base.dtype, device=base.device, backend=recipe.model.backend)
@@ -208,6 +208,10 @@ def plan_rows(recipe: Recipe, base: Base, data: Dataset, memory: float | None, e
     rows = Rows(budget, padded, label_smoothing=recipe.train.label_smoothing_factor, say=say)
     rows.segment_length, rows.offload = layout.segment_length, recipe.train.state_offload
     rows.multiple = ROUND if base.device.type == "cuda" else 1
+    prompt = shared_prompt.choose(recipe, data.train, budget)
+    rows.shared = prompt.tokens
+    if prompt.line:
+        say(prompt.line)
     return rows
 
 

@@ -64,33 +64,40 @@ class Rows:
     multiple: int = 1
     """Whole rows are filled up to a multiple of so many tokens (ROUND on a GPU), and their supervised positions to one of eight times as
     many: few shapes, whose products are quick and whose CUDA graphs come again."""
+    shared: int = 0
+    """Tokens that all records of the run begin with (packing.shared_tokens): a packed row has them once. Dropout takes the same of them in
+    every record of a step, so that its masks, too, are the same however rows are laid out."""
     say: Callable[[str], None] = print
 
     def state(self, model: nn.Module) -> dict[str, Any]:
         """What a checkpoint keeps, so that a resumed run lays out its rows, and rounds, as before."""
         layout = {"budget": self.budget, "padded": self.padded, "chunk": self.chunk, "segment_length": self.segment_length}
-        return {**layout, "checkpointing": recomputation.enabled(model)}
+        return {**layout, "shared": self.shared, "checkpointing": recomputation.enabled(model)}
 
     def restore(self, state: dict[str, Any], model: nn.Module) -> None:
         """Take a checkpoint's layout."""
         self.budget, self.padded, self.chunk = state["budget"], state["padded"], state["chunk"]
-        self.segment_length = state["segment_length"]
+        self.segment_length, self.shared = state["segment_length"], state["shared"]
         if state["checkpointing"] and not recomputation.enabled(model):
             recomputation.enable(model)
 
     def batches(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Tensor]]:
         """The rows as tensors on the CPU."""
         if self.padded is None:
-            return [self.collate(row) for row in pack(records, self.budget)]
+            return [self.collate(row) for row in pack(records, self.budget, self.shared)]
         whole = [record for record in records if not self.streams(len(record["input_ids"]))]
         long = [collate_long(record) for record in records if self.streams(len(record["input_ids"]))]
         return long + [collate_padded(whole[i : i + self.padded], self.pad_id) for i in range(0, len(whole), self.padded)]
 
     def collate(self, row: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """A packed row; one that is computed in segments is not filled up, and stays where it lies where it is one record."""
-        if self.streams(sum(len(record["input_ids"]) for record in row)):
+        if self.streams(self.tokens(row)):
             return collate_long(row[0]) if len(row) == 1 else collate_rows(row)
-        return collate_rows(row, multiple=self.multiple, pad_id=self.pad_id)
+        return collate_rows(row, shared=self.shared, multiple=self.multiple, pad_id=self.pad_id)
+
+    def tokens(self, row: Sequence[Mapping[str, Any]]) -> int:
+        """Tokens that are computed of a row."""
+        return sum(len(record["input_ids"]) - self.shared for record in row) + self.shared
 
     def supervised(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """supervised_positions, filled up with targets that are ignored; both empty where there are none."""
@@ -100,11 +107,12 @@ class Rows:
 
     def idle(self) -> dict[str, Tensor]:
         """A row that teaches nothing, for a process that must compute as many as the others."""
-        return collate_rows([{"id": "", "input_ids": [self.pad_id] * 2, "labels": [-100, -100]}])
+        size = self.shared + 2
+        return collate_rows([{"id": "", "input_ids": [self.pad_id] * size, "labels": [IGNORED] * size}], shared=self.shared)
 
     def streams(self, tokens: int) -> bool:
-        """Whether a row of so many tokens is computed in segments."""
-        return self.segment_length is not None and tokens > self.segment_length
+        """Whether a row of so many tokens, filled up or not, is computed in segments."""
+        return self.segment_length is not None and tokens + -tokens % self.multiple > self.segment_length
 
     def shrink(self, model: nn.Module, records: Sequence[dict[str, Any]]) -> bool:
         """Make the next attempt smaller, the same gradients: half the row, checkpointing, segments. False where nothing is left to try."""
@@ -113,7 +121,7 @@ class Rows:
             self.padded //= 2
             self.say(f"out of memory: from now on {self.padded} padded records at once; the loss and its gradients stay the same")
         elif self.padded is None and len(records) > 1 and self.budget > max(longest, SMALLEST_BUDGET):
-            self.budget = max(min(self.budget, sum(len(record["input_ids"]) for record in records)) // 2, SMALLEST_BUDGET)
+            self.budget = max(min(self.budget, self.tokens(records)) // 2, SMALLEST_BUDGET)
             self.say(f"out of memory: from now on rows of at most {self.budget} tokens; the loss and its gradients stay the same")
         elif not recomputation.enabled(model):
             recomputation.enable(model)
@@ -162,7 +170,8 @@ def step(
     if not supervised:
         raise DataError(names(records), "no token of these records is supervised", "Give records with an answer.")
     if seed is not None:
-        records = [{**record, "draw": seed_of(seed, str(record["id"]))} for record in records]
+        shared = {"shared_draw": (rows.shared, seed_of(seed, "shared tokens"))} if rows.shared else {}
+        records = [{**record, "draw": seed_of(seed, str(record["id"])), **shared} for record in records]
     engine = engine or alone(model)
     mine = engine.share(records)
     while True:
@@ -227,7 +236,8 @@ def forward_backward(
 
 def row_loss(model: nn.Module, rows: Rows, batch: dict[str, Tensor], index: Tensor, targets: Tensor) -> Tensor:
     """Sum of the token losses of one batch; index [M]: which of its positions predict targets [M], -100 where a target is ignored."""
-    return head_loss(model, hidden_states(model, batch, index.device).index_select(0, index), targets, rows)
+    hidden = hidden_states(model, batch, index.device, rows.shared)
+    return head_loss(model, hidden.index_select(0, index), targets, rows)
 
 
 def streamed(model: nn.Module, batch: dict[str, Tensor], rows: Rows, supervised: float) -> Tensor:
