@@ -61,7 +61,7 @@ def agreement(folder: Path, lengths: list[int], segment: int) -> list[dict[str, 
                 for parameter_name, p in lora.trainable(model):
                     if "lora_B" in parameter_name:  # zeros would hide every gradient of lora_A
                         p.copy_(0.02 * torch.randn(p.shape, generator=generator))
-            recomputation.enable(model)
+            recomputation.use(model, "host")
             if name == "streamed":
                 loss = partial(head_loss, model, rows=Rows(length))
                 streamed_backward(model, collate_rows([record]), segment, loss, supervised=length - 1, mode="lean")

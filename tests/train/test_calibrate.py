@@ -38,7 +38,7 @@ def test_the_time_is_about_that_of_a_step(section: LoraSection | None) -> None:
     record = {"id": "r", "input_ids": [1] * 256, "labels": [1] * 256}
     tries = []
     for _ in range(3):
-        found = measure(CONFIG, section, torch.float32, CPU, "reference", 256, False)
+        found = measure(CONFIG, section, torch.float32, CPU, "reference", 256, "none")
         assert found is not None
         seconds = []
         for _ in range(4):
@@ -60,13 +60,13 @@ def test_recomputing_takes_longer_and_a_cpu_is_not_kept_busy(monkeypatch: pytest
 
     monkeypatch.setattr(calibrate, "timed", watched)
     monkeypatch.setattr(calibrate, "CPU_WORK", 6 * calibrate.parameters(CONFIG, 2) * 100)
-    found = measure(CONFIG, LoraSection(), torch.float32, CPU, "reference", 4096, True)
+    found = measure(CONFIG, LoraSection(), torch.float32, CPU, "reference", 4096, "layer")
     assert seen == [100, 100] and found == Speed((2 + 7 * 1) / 100, (1 + 7 * 0.5) / 100)
 
 
 def test_where_there_is_no_room_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "MEMORY_SHARE", 0.0)
-    assert measure(CONFIG, None, torch.float32, CPU, "reference", 256, False) is None
+    assert measure(CONFIG, None, torch.float32, CPU, "reference", 256, "none") is None
 
 
 def test_parameters_are_counted() -> None:

@@ -51,11 +51,14 @@ def steps_of(model: nn.Module, rows: Rows, graphed: Graphed | None) -> list[tupl
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("level", ["none", "glu", "layer"])
 @pytest.mark.parametrize("budget", [1000, 24], ids=["one row a step", "several rows a step"])
-def test_graphs_give_the_bits_of_the_eager_form(device: str, budget: int) -> None:
+def test_graphs_give_the_bits_of_the_eager_form(device: str, level: recomputation.Level, budget: int) -> None:
+    """With nothing computed again, whatever is in the graphs."""
     rows = Rows(budget, multiple=16)
     eager = steps_of(make(device), rows, None)
     model = make(device)
+    recomputation.use(model, level)
     graphed = Graphed(model)
     found = steps_of(model, rows, graphed)
     assert len(graphed.graphs.known) == 2
@@ -129,5 +132,6 @@ def test_what_cannot_be_recorded_on_a_gpu_is_named() -> None:
     hook = model.get_base_model().model.embed_tokens.register_forward_hook(lambda *args: None)
     assert "embed_tokens has a hook" in why_not(model)
     hook.remove()
-    recomputation.enable(model)
-    assert why_not(model) == "layers are recomputed"
+    for level, why in (("glu", ""), ("layer", ""), ("host", "what enters a recomputed layer waits in host memory")):
+        recomputation.use(model, level)
+        assert why_not(model) == why

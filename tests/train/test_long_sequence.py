@@ -246,7 +246,7 @@ def test_the_mode_ends_with_the_row() -> None:
     model, batch = make_model(LORA), collate_rows(ONE)
     plain = [dict(vars(m)) for m in model.modules()]
     streamed(model, batch, 50, mode="lean")
-    assert not recomputation.enabled(model) and [vars(m).keys() for m in model.modules()] == [v.keys() for v in plain]
+    assert recomputation.level_of(model) == "none" and [vars(m).keys() for m in model.modules()] == [v.keys() for v in plain]
 
 
 def test_lean_holds_less(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +311,7 @@ def test_a_step_streams_what_is_longer_than_a_segment(layout: dict[str, Any], mo
     )
     for checkpointing in (False, True):
         if checkpointing:
-            recomputation.enable(model)
+            recomputation.use(model, "host")
         model.zero_grad(set_to_none=True)
         result = steps.step(model, records, Rows(40, segment_length=40, **layout))
         assert_same((float(result.loss), gradients(model)), (float(expected.loss), whole), 1e-10)
@@ -331,7 +331,8 @@ def test_out_of_memory_ends_in_segments(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(steps, "hidden_states", meagre)
     rows = Rows(4096, say=lines.append)
     loss = steps.step(model, records, rows, seed=1).loss
-    assert rows.segment_length == 704 and rows.budget == 704 and "segments of 704 tokens" in lines[-1] and recomputation.enabled(model)
+    assert rows.segment_length == 704 and rows.budget == 704 and "segments of 704 tokens" in lines[-1]
+    assert recomputation.level_of(model) == "layer"
     monkeypatch.undo()
     assert float(loss) == pytest.approx(float(steps.step(model, records, Rows(4096)).loss), rel=1e-4)
     restored = Rows(10)

@@ -25,7 +25,7 @@ def make(section: LoraSection | None, backend: str) -> nn.Module:
 def test_the_fast_path() -> None:
     pytest.importorskip("triton")
     line = words(paths_taken(make(LoraSection(), "triton"), Rows(100), ""))
-    assert line == "computed: attention Triton; LoRA fused; loss in chunks of 1024; rows packed; step in CUDA graphs"
+    assert line == "computed: attention Triton; LoRA fused; loss in chunks of 1024; rows packed; recomputed nothing; step in CUDA graphs"
 
 
 def test_the_option_that_leaves_it_is_named() -> None:
@@ -42,6 +42,7 @@ def test_without_triton(section: LoraSection | None, form: str) -> None:
         "lora": form,
         "loss": "by the head's own forward",
         "rows": "padded, 4 records at once",
+        "recomputed": "nothing",
         "step": "in CUDA graphs",
     }
 

@@ -17,6 +17,7 @@ from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.recipe.sections import LoraSection, TrainSection
 from tnl.train import plan, recomputation
 from tnl.train.callbacks import read_metrics
+from tnl.train.recomputation import LEVELS
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 SEVEN = {
@@ -50,25 +51,26 @@ def test_a_7b_on_24_gb(seven: plan.Plan) -> None:
     memory = 22.5 * plan.GIB
     plain = plan.choose(seven, memory, 384, False, plan.GPU_ROW)
     recomputed = plan.choose(seven, memory, 384, True, plan.GPU_ROW)
-    assert not plain.checkpointing and plain.budget is not None and plain.budget >= 384
-    assert recomputed.checkpointing and recomputed.budget is not None and recomputed.budget >= 4096
+    assert plain.level == "none" and plain.budget is not None and plain.budget >= 384
+    assert recomputed.level == "host" and recomputed.budget is not None and recomputed.budget >= 4096
     long = plan.choose(seven, memory, 2000, False, plan.GPU_ROW)
-    assert long.checkpointing, "what does not fit otherwise is recomputed, though nobody asked"
+    assert long.level == "layer", "what does not fit otherwise is recomputed, though nobody asked"
+    assert plan.choose(seven, 40 * plan.GIB, 2000, False, plan.GPU_ROW).level == "glu", "the fastest that fits"
     # measured on an H100 with these kernels: bytes in use on the card, in GiB
-    for tokens, recompute, used in ((400, False, 19.5), (1500, False, 33.6), (2000, False, 39.7), (4000, True, 17.6), (8000, True, 21.0)):
-        assert seven.total(tokens, recompute) / plan.GIB == pytest.approx(used, rel=0.2 if not recompute else 0.06)
+    none, layer = ((400, 19.5), (1500, 33.6), (2000, 39.7)), ((4000, 17.6), (8000, 21.0))
+    assert all(seven.total(tokens, "none") / plan.GIB == pytest.approx(used, rel=0.2) for tokens, used in none)
+    assert all(seven.total(tokens, "layer") / plan.GIB == pytest.approx(used, rel=0.06) for tokens, used in layer)
 
 
 def test_the_extrapolation_is_what_a_whole_trace_says() -> None:
     config, section = TransnormerConfig(**SMALL), LoraSection(lora_dropout=0.1)
     guess = make(SMALL, lora_dropout=0.1)
-    for recompute in (False, True):
+    for level in LEVELS:
         with torch.device("meta"):
             model = plan.build(config, section, torch.bfloat16, "reference").train()
-        if recompute:
-            recomputation.enable(model)
+        recomputation.use(model, level)
         for tokens in (300, 1800):
-            assert guess.curve(recompute).at(tokens) == pytest.approx(plan.trace(model, tokens), rel=0.05)
+            assert guess.curve(level).at(tokens) == pytest.approx(plan.trace(model, tokens), rel=0.05)
 
 
 def test_the_trace_sees_what_a_real_step_allocates() -> None:
@@ -95,8 +97,8 @@ def test_the_trace_sees_what_a_real_step_allocates() -> None:
 
 def test_memory_grows_with_what_is_trained() -> None:
     small, large = make(SMALL, r=2), make(SMALL, r=64)
-    assert small.trained < large.trained and small.total(500, False) < large.total(500, False)
-    assert small.total(500, True) < small.total(500, False)
+    assert small.trained < large.trained and small.total(500, "none") < large.total(500, "none")
+    assert small.curve("layer").at(500) < small.curve("glu").at(500) < small.curve("none").at(500)
     one = make(SMALL, r=2, layers_to_transform=[3], target_modules=["l1"])
     assert one.trained == 2 * (32 + 64) * 4
 
@@ -128,7 +130,7 @@ def test_this_machine_has_memory() -> None:
 
 def test_on_a_cpu_what_others_hold_is_not_there_and_what_this_process_holds_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     held = host.resident()
-    assert make(SMALL).total(100, False) > held > 1e8  # torch alone is more
+    assert make(SMALL).total(100, "none") > held > 1e8  # torch alone is more
     monkeypatch.setattr(host, "available", lambda: plan.GIB)
     assert plan.here(CPU) <= 0.7 * plan.GIB + 1.1 * held
     short = plan.choose(make(SMALL), 1e6, 100, False, 4096)
@@ -136,17 +138,20 @@ def test_on_a_cpu_what_others_hold_is_not_there_and_what_this_process_holds_is_n
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_cpu_run_takes_what_was_planned(tmp_path: Path, checkpointing: bool) -> None:
+@pytest.mark.parametrize("level", ["none", "glu", "layer"])
+def test_a_cpu_run_takes_what_was_planned(tmp_path: Path, level: str) -> None:
     rows = [{"instruction": f"{i} 加一是多少？" * 8, "output": f"是 {i + 1}。" * 8} for i in range(64)]
     (tmp_path / "records.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     words = ["model.path=demo", "model.dtype=float32", f"data.train={tmp_path / 'records.json'}", f"train.output_dir={tmp_path / 'run'}"]
     words += ["train.per_device_train_batch_size=48", "train.gradient_accumulation_steps=1", "train.max_steps=2", "train.logging_steps=1"]
-    words += ["train.use_cpu=true", f"train.gradient_checkpointing={str(checkpointing).lower()}", "generation.max_new_tokens=2"]
-    command = [sys.executable, "-m", "tnl", "train", "recipes/huanhuan-385m.yaml", *words]
+    words += ["train.use_cpu=true", "generation.max_new_tokens=2"]
+    program = "import sys; from pathlib import Path; from tnl.train import plan, run; level, recipe, *words = sys.argv[1:]; "
+    program += "plan.Plan.levels = lambda *a, **b: (level,); run.run(Path(recipe), words)"
+    command = [sys.executable, "-c", program, level, "recipes/huanhuan-385m.yaml", *words]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     planned = float(re.search(r"4,096 tokens.*: ([\d.]+) of [\d.]+ GiB", said).group(1))  # type: ignore[union-attr]
     peak = max(line["peak_memory_reserved"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")) / plan.GIB
+    assert {"none": "recomputed nothing", "glu": "recomputed GLUs", "layer": "recomputed layers"}[level] in said
     assert peak == pytest.approx(planned, rel=0.25), said
 
 
@@ -170,7 +175,10 @@ def test_a_streamed_cpu_run_takes_what_was_checked(tmp_path: Path, length: int) 
 
 def test_one_line_for_the_person(seven: plan.Plan) -> None:
     line = plan.words(seven, plan.choose(seven, 22.5 * plan.GIB, 384, True, 4096))
-    assert "rows of at most 4,096 tokens, every layer recomputed" in line and "of 22.5 GiB" in line
+    assert "rows of at most 4,096 tokens, every layer recomputed from host memory" in line and "of 22.5 GiB" in line
+    line = plan.words(seven, plan.choose(seven, 40 * plan.GIB, 2000, False, 2048))
+    assert "2,048 tokens, the layers' GLUs computed again: 31.7 of 40.0 GiB instead of 40.9 (12.7 of frozen weights)" in line
+    assert "instead" not in plan.words(seven, plan.choose(seven, 40 * plan.GIB, 384, False, 1024))
 
 
 def test_the_largest_rank_is_planned_for() -> None:

@@ -1,5 +1,6 @@
 """Recomputed layers against kept ones: the same bits, and no residual stream left between the passes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.recipe.sections import LoraSection
 from tnl.train import lora, recomputation
+from tnl.train.recomputation import LEVELS
 from tnl.train.state_store import StateStore
 from tnl.train.step import Rows, step
 
@@ -52,18 +54,72 @@ def gradients(model: nn.Module, rows: Rows) -> dict[str, torch.Tensor]:
 )
 def test_the_same_bits(device: str, budget: int, section: LoraSection | None) -> None:
     expected = gradients(make(device, section), Rows(budget))
-    model = make(device, section)
-    recomputation.enable(model)
-    assert recomputation.enabled(model)
-    found = gradients(model, Rows(budget))
-    assert found.keys() == expected.keys() and found
-    for name, grad in found.items():
-        assert torch.equal(grad, expected[name]), name
+    for level in LEVELS[1:]:
+        model = make(device, section)
+        recomputation.use(model, level)
+        found = gradients(model, Rows(budget))
+        assert found.keys() == expected.keys() and found
+        for name, grad in found.items():
+            assert torch.equal(grad, expected[name]), (level, name)
+
+
+@pytest.mark.parametrize("section", [LoraSection(r=4, lora_dropout=0.3), None], ids=["LoRA", "every weight"])
+def test_float64_gradients_of_a_glu_that_is_computed_again(section: LoraSection | None) -> None:
+    found = {}
+    for level in ("none", "glu"):
+        model = make("cpu", section).double()
+        recomputation.use(model, level)
+        found[level] = gradients(model, Rows(1000))
+    assert found["glu"] and found["glu"].keys() == found["none"].keys()
+    for name, grad in found["glu"].items():
+        torch.testing.assert_close(grad, found["none"][name], rtol=1e-12, atol=1e-15)
+
+
+def test_levels_rise_and_never_fall() -> None:
+    model = make("cpu", LoraSection(r=4))
+    assert recomputation.level_of(model) == "none" and recomputation.leaner(model) == "glu"
+    for level, then in (("glu", "glu"), ("none", "glu"), ("layer", "layer"), ("glu", "layer"), ("host", "layer")):
+        recomputation.use(model, level)
+        assert recomputation.level_of(model) == then, "on a CPU there is no other memory to wait in"
+        assert all(layer.glu_again == (then == "glu") for layer in model.get_base_model().model.layers)
+    assert recomputation.leaner(model) is None and recomputation.why_not_recorded(model) == ""
+    recomputation.use(other := make("cpu", LoraSection(r=4, use_dora=True)), "layer")
+    assert "torch.utils.checkpoint" in recomputation.why_not_recorded(other)
+
+
+@pytest.mark.parametrize(
+    ("section", "halves"), [(LoraSection(r=4, lora_dropout=0.3), 13), (LoraSection(r=4, lora_dropout=0.0), 3), (None, 3)]
+)
+def test_of_a_glu_that_is_computed_again_nothing_wide_is_kept(section: LoraSection | None, halves: int) -> None:
+    """Per token and layer: l1's and l2's outputs and their product, 4 bytes each; with dropout l3's mask as well, and what it leaves."""
+    wide = {}
+    for level in ("none", "glu"):
+        model = make("cpu", section)
+        recomputation.use(model, level)
+        wide[level] = saved_bytes(model, lambda x: x.shape[-1] == SIZES["glu_dim"] and x.shape[-2] == 43)
+    per_half = SIZES["decoder_layers"] * 43 * SIZES["glu_dim"] * (1 if halves == 13 else 4)
+    assert wide == {"none": halves * per_half, "glu": 0}
+
+
+def saved_bytes(model: nn.Module, counted: Callable[[torch.Tensor], bool]) -> int:
+    """Bytes that a row of 43 tokens keeps for its backward pass."""
+    kept: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        if x.dim() > 1 and counted(x):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    ids = torch.tensor([record(43, 1)["input_ids"]])
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = model(input_ids=ids, use_cache=False)
+    assert out.logits.requires_grad  # all that is kept lives on
+    return sum(kept.values())
 
 
 def test_every_layer_is_computed_twice_and_nothing_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen, real = make("cpu", LoraSection(r=4)), list[int](), modeling_transnormer.decoder_layer
-    recomputation.enable(model)
+    recomputation.use(model, "host")
     monkeypatch.setattr(
         modeling_transnormer, "decoder_layer", lambda x, state, w, *rest: (seen.append(w.number), real(x, state, w, *rest))[1]
     )
@@ -74,8 +130,8 @@ def test_every_layer_is_computed_twice_and_nothing_stays(monkeypatch: pytest.Mon
 
 def test_a_pass_that_was_cut_off_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was on its way back when memory ran out is not taken for what enters the layer next time."""
-    monkeypatch.setattr(recomputation.Kept, "empty", lambda self: StateStore(self.device, host=True))
-    kept = recomputation.Kept(torch.device("cpu"))
+    monkeypatch.setattr(recomputation, "StateStore", lambda device, host: StateStore(device, host=True))
+    kept = recomputation.Kept(torch.device("cpu"), True)
     for start in (0.0, 10.0):
         for number in range(3):
             kept.put(number, torch.tensor([start + number]))
@@ -92,7 +148,7 @@ def test_on_a_gpu_the_residual_stream_waits_in_host_memory() -> None:
     for own in (True, False):
         base = TransnormerForCausalLM(TransnormerConfig(**sizes)).cuda().bfloat16()
         model = lora.attach(base, LoraSection(r=4), "recipe.yaml", 1, lambda line: None).train()
-        recomputation.enable(model, own=own)
+        recomputation.use(model, "host", own=own)
         step(model, [record(4096, 1)], Rows(4096), seed=1)
         model.zero_grad()
         torch.cuda.synchronize()

@@ -10,6 +10,7 @@ from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.recipe.sections import TrainSection
 from tnl.train import segments
 from tnl.train.plan import GIB, Curve, Plan
+from tnl.train.recomputation import Level
 from tnl.train.segments import lay_out
 
 SEVEN = TransnormerConfig(
@@ -35,10 +36,10 @@ def has_free(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
 
 
 def needs() -> Plan:
-    """13 GiB of weights; 3 MB a token, and 0.25 with every layer recomputed."""
+    """13 GiB of weights; 3 MB a token, 1.7 with GLUs computed again, and 0.25 with every layer recomputed, 0.2 from host memory."""
 
-    def curve(recompute: bool) -> Curve:
-        per_token = 0.25e6 if recompute else 3e6
+    def curve(level: Level) -> Curve:
+        per_token = {"none": 3e6, "glu": 1.7e6, "layer": 0.25e6, "host": 0.2e6}[level]
         return Curve(((256, 1e9 + 256 * per_token), (1024, 1e9 + 1024 * per_token)))
 
     return Plan(13 * GIB, 71_000_000, 2, curve, GIB)
@@ -50,20 +51,24 @@ def laid(room: float, longest: int, **train: Any) -> segments.Layout:
 
 def test_what_fits_whole_stays_whole() -> None:
     layout = laid(80, 8000)
-    assert layout.segment_length is None and not layout.line and not layout.choice.checkpointing and (layout.choice.budget or 0) >= 8192
-    layout = laid(80, 100_000)
-    assert layout.segment_length is None and layout.choice.checkpointing, "recomputing is tried first: it costs the same"
+    assert layout.segment_length is None and not layout.line and layout.choice.level == "none" and (layout.choice.budget or 0) >= 8192
+    for longest, level in ((30_000, "glu"), (100_000, "layer"), (250_000, "host")):
+        layout = laid(80, longest)
+        assert layout.segment_length is None and layout.choice.level == level, "recomputing is tried first: it costs the same"
 
 
 def test_a_million_tokens_go_in_segments() -> None:
     layout = laid(80, 1_048_576)
-    assert layout.segment_length == 4096 and not layout.choice.checkpointing and layout.choice.needed < 80 * GIB
+    assert layout.segment_length == 4096 and layout.choice.level == "none" and layout.choice.needed < 80 * GIB
     assert "segments of 4,096 tokens, with the gradients of one pass" in layout.line and "15.4 of 128.0 GiB of host memory" in layout.line
     assert layout.every == 1
     layout = laid(18, 1_048_576)
-    assert layout.choice.checkpointing and "every layer recomputed" in layout.line and layout.choice.needed < 18 * GIB
+    assert layout.choice.level == "glu" and "GLUs computed again" in layout.line
+    assert layout.choice.needed < 18 * GIB < layout.choice.otherwise
+    layout = laid(16.5, 1_048_576)
+    assert layout.choice.level == "layer" and "every layer recomputed," in layout.line and layout.choice.needed < 16.5 * GIB
     assert layout.segment_length is not None and layout.segment_length >= 1024
-    assert laid(80, 1_048_576, gradient_checkpointing=True).choice.checkpointing
+    assert laid(80, 1_048_576, gradient_checkpointing=True).choice.level == "layer"
 
 
 def test_short_records_are_packed_into_rows_that_need_no_segments() -> None:

@@ -123,8 +123,8 @@ def test_checkpointing_changes_nothing() -> None:
     model, records = make_model(LoraSection(r=2, lora_dropout=0.3)), make_records()
     steps.seed_all(3)
     expected = gradients(model, records)
-    recomputation.enable(model)
-    assert recomputation.enabled(model)
+    recomputation.use(model, "host")
+    assert recomputation.level_of(model) == "layer"
     steps.seed_all(3)
     assert_same(gradients(model, records), expected)
 
@@ -165,7 +165,7 @@ class Meagre:
         self.plain, self.recomputed, self.real = plain, recomputed, steps.hidden_states
 
     def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor], device: torch.device, shared: int) -> torch.Tensor:
-        limit = self.recomputed if recomputation.enabled(model) else self.plain
+        limit = self.recomputed if recomputation.level_of(model) == "layer" else self.plain
         if batch["input_ids"].numel() > limit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 320.00 MiB")
         return self.real(model, batch, device, shared)
@@ -191,11 +191,19 @@ def test_then_checkpoints_then_gives_up_with_the_line_that_fits(monkeypatch: pyt
     lines: list[str] = []
     monkeypatch.setattr(steps, "hidden_states", Meagre(30, 100))
     steps.step(model, records, Rows(10_000, say=lines.append), seed=1)
-    assert "gradient_checkpointing" in lines[-1]
+    assert "the layers' GLUs computed again" in lines[-2] and "gradient_checkpointing" in lines[-1]
     monkeypatch.setattr(steps, "hidden_states", Meagre(30, 60))
     with pytest.raises(MemoryBudgetError, match=r"data\.max_length=40") as caught:
         steps.step(model, records, Rows(10_000, say=lines.append), seed=1)
     assert caught.value.exit_code == 7 and "r:1 has 70 tokens" in str(caught.value)
+
+
+@pytest.mark.parametrize(("kept", "level"), [("none", "none"), ("glu", "glu"), ("layer", "layer"), (True, "layer"), (False, "none")])
+def test_a_checkpoint_brings_back_what_is_computed_again(kept: str | bool, level: str) -> None:
+    """Earlier checkpoints say only whether layers are."""
+    model, rows = make_model(LORA), Rows(100)
+    rows.restore({**rows.state(model), "checkpointing": kept}, model)
+    assert recomputation.level_of(model) == level == rows.state(model)["checkpointing"]
 
 
 def test_other_errors_are_not_taken_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -350,14 +350,16 @@ def test_split_rows_stay_split_after_a_stop(tmp_path: Path) -> None:
     assert (trainer.rows.budget, trainer.rows.chunk) == (8, 16)
 
 
-def test_a_run_that_went_on_recomputing_is_not_recorded_when_it_is_resumed(tmp_path: Path) -> None:
+def test_a_run_that_went_on_recomputing_is_not_recorded_when_it_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = recomputation.Kept
+    monkeypatch.setattr(recomputation, "Kept", lambda device, host: real(device, host=True))  # as on a GPU
     for name, recomputes in (("plain", False), ("recomputed", True)):
         stopped = make(tmp_path / name, max_steps=4)
         if recomputes:
-            recomputation.enable(stopped.net)  # as Rows.shrink does
+            recomputation.use(stopped.net, "host")  # as Rows.shrink does
         stopped.stop_requested = lambda stopped=stopped: stopped.state.global_step >= 2
         stopped.train()
         trainer = make(tmp_path / name, max_steps=4)
         trainer.graphed = Graphed(trainer.net)
         trainer.train(resume_from_checkpoint=str(tmp_path / name / "checkpoint-2"))
-        assert (trainer.graphed is None) == recomputation.enabled(trainer.net) == recomputes
+        assert (trainer.graphed is None) == (recomputation.level_of(trainer.net) == "host") == recomputes

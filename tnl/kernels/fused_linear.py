@@ -5,6 +5,7 @@ The input of the product (norm, norm times gate, product of the halves) is made 
 products are cuBLAS's, and accumulate: into LoRA's part (and the residual) forward, into each other backward.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ class Plan(NamedTuple):
     loras: tuple[Lora, ...]
     thin: Thins
     keys: Tensor | None  # [T] int32
+    again: Callable[[Tensor], tuple[Tensor, ...]] | None
 
 
 def fused_linear(
@@ -33,6 +35,7 @@ def fused_linear(
     eps: float | None = None,  # None: x is not normed
     draw: Draw | None = None,
     slot: int = 0,
+    again: Callable[[Tensor], tuple[Tensor, ...]] | None = None,  # residual [T, D] -> x, u, ...: makes them anew; they are not kept
 ) -> tuple[Tensor, ...]:
     """For each of `loras`: z W^T + s drop(z) A^T B^T (+ residual), [..., N], z = norm(x) u; and behind them x.
 
@@ -44,7 +47,7 @@ def fused_linear(
         None if lora.a is None else Thin(lora.a.detach(), lora.dropout if draw else 0.0, draw.module(slot + i) if draw else 0)
         for i, lora in enumerate(loras)
     ]
-    plan = Plan(eps, loras, (thin[0], thin[1] if len(thin) > 1 else None), keys)
+    plan = Plan(eps, loras, (thin[0], thin[1] if len(thin) > 1 else None), keys, again)
     factors = [y for lora in loras for y in (lora.a, lora.b)]
     flat = [None if y is None else y.reshape(-1, y.shape[-1]) for y in (x, u, residual)]
     return tuple(y.unflatten(0, x.shape[:-1]) for y in _FusedLinear.apply(plan, *flat, *factors))
@@ -56,18 +59,17 @@ class _FusedLinear(torch.autograd.Function):
         ctx: Any, plan: Plan, x: Tensor, u: Tensor | None, residual: Tensor | None, *factors: Tensor | None
     ) -> tuple[Tensor, ...]:
         z, rstd, hidden = make_input(Source(x, u, plan.eps), plan.thin, plan.keys)
-        outputs = []
+        outputs: list[Tensor] = []
         for lora, thin, h in zip(plan.loras, plan.thin, hidden):
             weight = lora.weight.T
             if thin is not None and h is not None and lora.b is not None:
-                y = expand(h, lora.b, factor(lora, thin), residual, x.dtype)
+                y = expand(h, lora.b, factor(lora, thin), None if outputs else residual, x.dtype)
                 torch.addmm(y, z, weight, out=y)
             else:
-                y = z @ weight if residual is None else torch.addmm(residual, z, weight)
-            residual = None
+                y = z @ weight if residual is None or outputs else torch.addmm(residual, z, weight)
             outputs.append(y)
         ctx.plan = plan
-        ctx.save_for_backward(x, u, rstd, *hidden)
+        ctx.save_for_backward(*((x, u) if plan.again is None else (residual, None)), rstd, *hidden)
         ctx.set_materialize_grads(False)
         ctx.spent = False
         return *outputs, x
@@ -77,6 +79,8 @@ class _FusedLinear(torch.autograd.Function):
         if ctx.spent:
             raise RuntimeError("a second backward pass through a layer whose GLU was written over; run the forward pass again")
         plan, (x, u, rstd, *hidden) = ctx.plan, ctx.saved_tensors
+        if plan.again is not None:
+            x, u, *_ = plan.again(x)
         # the halves of the GLU are read by this product alone: their gradients take their place, where a step's memory is at its peak
         ctx.spent = over = plan.eps is None and u is not None and x.is_contiguous() and u.is_contiguous()
         *d_outputs, d_residual = grads

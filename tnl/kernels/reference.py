@@ -11,11 +11,12 @@ memory and time grow linearly with T. Everything accumulates in float32, or in f
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tnl.kernels.deferred import Deferred, deferred_lightning_attention
 from tnl.kernels.lora import Draw, project
@@ -287,14 +288,33 @@ def out_residual(x: Tensor, out_proj: Projection, residual: Tensor, draw: Draw |
     return residual + project(out_proj, x, draw, 1)
 
 
-def norm_glu(x: Tensor, norm: Projection, l1: Projection, l2: Projection, draw: Draw | None = None) -> tuple[Tensor, Tensor]:
-    """[B, T, D] to l1(norm(x)) * l2(norm(x)), [B, T, glu_dim] (arXiv:2307.14995, eq. 6: no activation), and x as `norm_qkvu`."""
-    z = norm(x)
-    return project(l1, z, draw, 2) * project(l2, z, draw, 3), x
+class Pending(NamedTuple):
+    """What l3 takes where it is not to be kept: made of x, [..., D], when l3 is computed, and again in its backward pass."""
+
+    make: Callable[[Tensor], Any]
+    fused: bool = False  # make gives the halves that a fused l3 takes
 
 
-def l3_residual(x: Tensor, l3: Projection, residual: Tensor, draw: Draw | None = None) -> Tensor:
+def norm_glu(
+    x: Tensor, norm: Projection, l1: Projection, l2: Projection, draw: Draw | None = None, again: bool = False
+) -> tuple[Tensor | Pending, Tensor]:
+    """[B, T, D] to l1(norm(x)) * l2(norm(x)), [B, T, glu_dim] (arXiv:2307.14995, eq. 6: no activation), and x as `norm_qkvu`.
+
+    again: nothing but x is kept for the backward pass, which computes this and what follows from it once more.
+    """
+
+    def make(x: Tensor) -> Tensor:
+        z = norm(x)
+        return project(l1, z, draw, 2) * project(l2, z, draw, 3)
+
+    return Pending(make) if again else make(x), x
+
+
+def l3_residual(x: Tensor | Pending, l3: Projection, residual: Tensor, draw: Draw | None = None) -> Tensor:
     """[B, T, glu_dim] to residual + l3(x), [B, T, D]."""
+    if isinstance(x, Pending):
+        make = x.make
+        return residual + checkpoint(lambda x: project(l3, make(x), draw, 4), residual, use_reentrant=False)  # type: ignore[no-any-return]
     return residual + project(l3, x, draw, 4)
 
 

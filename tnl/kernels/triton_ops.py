@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tnl.kernels import lightning_chunk
+from tnl.kernels import lightning_chunk, reference
 from tnl.kernels.fused_linear import fused_linear
 from tnl.kernels.lightning_chunk import lightning_attention
 from tnl.kernels.lightning_step import lightning_step
 from tnl.kernels.lora import Draw, Lora, lora_of, project
-from tnl.kernels.reference import ACTIVATIONS, Projection, attend, linear_relative_position, padded_final_state
+from tnl.kernels.reference import ACTIVATIONS, Pending, Projection, attend, linear_relative_position, padded_final_state
 from tnl.kernels.silu import silu, silu_backward
 from tnl.kernels.simple_rms_norm import norm_gate, simple_rms_norm
 
@@ -54,19 +54,38 @@ def out_residual(x: Tensor | Mixed, out_proj: Projection, residual: Tensor, draw
     return residual + project(out_proj, x, draw, 1)
 
 
-def norm_glu(x: Tensor, norm: Projection, l1: Projection, l2: Projection, draw: Draw | None = None) -> tuple[Tensor | Halves, Tensor]:
+def norm_glu(
+    x: Tensor, norm: Projection, l1: Projection, l2: Projection, draw: Draw | None = None, again: bool = False
+) -> tuple[Tensor | Halves | Pending, Tensor]:
     """As `reference.norm_glu`."""
     one, two, eps = fusable(l1, x, draw), fusable(l2, x, draw), eps_of(norm)
-    if one is not None and two is not None and eps is not None:
-        a, b, x = fused_linear(x, None, (one, two), eps=eps, draw=draw, slot=2)
-        return Halves(a, b), x
-    z = apply_norm(x, norm)
-    return project(l1, z, draw, 2) * project(l2, z, draw, 3), x
+
+    def halves(x: Tensor) -> tuple[Tensor, ...]:
+        return fused_linear(x, None, (one, two), eps=eps, draw=draw, slot=2)  # type: ignore[arg-type]
+
+    def product(x: Tensor) -> Tensor:
+        z = apply_norm(x, norm)
+        return project(l1, z, draw, 2) * project(l2, z, draw, 3)
+
+    if one is None or two is None or eps is None:
+        return Pending(product) if again else product(x), x
+    if again:
+        return Pending(halves, fused=True), x
+    a, b, x = halves(x)
+    return Halves(a, b), x
 
 
-def l3_residual(x: Tensor | Halves, l3: Projection, residual: Tensor, draw: Draw | None = None) -> Tensor:
+def l3_residual(x: Tensor | Halves | Pending, l3: Projection, residual: Tensor, draw: Draw | None = None) -> Tensor:
     """As `reference.l3_residual`."""
     lora = fusable(l3, residual, draw)
+    if isinstance(x, Pending):
+        make = x.make
+        if not x.fused:
+            return reference.l3_residual(x, l3, residual, draw)
+        if lora is None:
+            return reference.l3_residual(Pending(lambda x: torch.mul(*make(x)[:2])), l3, residual, draw)
+        a, b, residual = make(residual)
+        return fused_linear(a, b, (lora,), residual, draw=draw, slot=4, again=make)[0]
     if isinstance(x, Halves):
         if lora is not None:
             return fused_linear(x.a, x.b, (lora,), residual, draw=draw, slot=4)[0]

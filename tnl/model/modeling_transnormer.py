@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,15 @@ class ChannelMixer(nn.Module):
 
 
 class TransnormerDecoderLayer(GradientCheckpointingLayer):
-    """Weights of one layer; its arithmetic is `layer.decoder_layer`."""
+    """Weights of one layer; its arithmetic is `layer.decoder_layer`.
+
+    glu_again: in training, the GLU is computed again in the backward pass, and nothing but its input is kept.
+    """
 
     def __init__(self, config: TransnormerConfig, layer: int) -> None:
         super().__init__()
         self.number = layer
+        self.glu_again = False
         self.activation = config.linear_act_fun
         self.token_mixer = TokenMixer(config, layer)
         self.channel_mixer = ChannelMixer(config)
@@ -121,6 +126,8 @@ class TransnormerDecoderLayer(GradientCheckpointingLayer):
         )
 
     def forward(self, x: Tensor, state: Tensor | None, rows: Rows, ops: Ops) -> tuple[Tensor, Tensor]:
+        if self.glu_again and self.training and torch.is_grad_enabled():
+            ops = ops._replace(norm_glu=partial(ops.norm_glu, again=True))  # type: ignore[call-arg]  # of the training forms alone
         return decoder_layer(x, state, self.weights(), rows, ops)
 
 

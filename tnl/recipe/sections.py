@@ -110,7 +110,7 @@ class TrainSection(TrainingFields):
     max_grad_norm: int | float = Field(1.0, ge=0)
     """Gradients are scaled down to this norm; 0 leaves them as they are."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
+    """Compute layers again in the backward pass instead of keeping them: less memory, a third more time; false: only what must be."""
     segment_length: int | None = Field(None, ge=1)
     """A longer row is computed in segments of so many tokens, in constant memory and with the gradients of one pass; null: if it must."""
     state_offload: Literal["auto", "gpu", "host"] = "auto"

@@ -12,6 +12,7 @@ from tnl.evaluate.perplexity import causal_lm
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.recipe.sections import LoraSection
 from tnl.train import plan, recomputation
+from tnl.train.recomputation import Level
 from tnl.train.step import Rows, forward_backward
 
 CPU_WORK = 3e10
@@ -44,7 +45,7 @@ def measure(
     device: torch.device,
     backend: str,
     tokens: int,
-    recompute: bool,
+    level: Level,
 ) -> Speed | None:
     """Time rows of `tokens` tokens, fewer on a CPU. None where not even two layers have room."""
     times: dict[int, tuple[float, float]] = {}
@@ -56,8 +57,7 @@ def measure(
         for layers in (1, 2):
             model = plan.shallow_model(config, layers, section and plan.everywhere(section), dtype, str(device), backend)
             fill(model)
-            if recompute:
-                recomputation.enable(model)
+            recomputation.use(model, level)
             times[layers] = timed(model, tokens, device)
     except torch.OutOfMemoryError:
         return None

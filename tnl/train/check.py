@@ -22,7 +22,7 @@ from tnl.model.convert import HEAD, check_keys, headers, weight_files
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.recipe.load import Recipe, load
 from tnl.run_dir import RunDir, changes
-from tnl.train import arguments, calibrate, engine_choice, order, plan, segments, shared_prompt
+from tnl.train import arguments, calibrate, engine_choice, order, plan, recomputation, segments, shared_prompt
 from tnl.train.crew import Crew
 from tnl.train.run import Base, fingerprint_of, occupied, prepare, show_table
 
@@ -174,8 +174,8 @@ def show_time(recipe: Recipe, base: Base, data: Dataset, layout: segments.Layout
     longest = max(lengths)
     segment = layout.segment_length
     tokens = min(segment or layout.choice.budget or longest, sum(lengths))
-    backend, recompute = recipe.model.backend, layout.choice.checkpointing
-    speed = calibrate.measure(base.config, recipe.lora, base.dtype, base.device, backend, tokens, recompute)
+    backend, level = recipe.model.backend, layout.choice.level
+    speed = calibrate.measure(base.config, recipe.lora, base.dtype, base.device, backend, tokens, level)
     if speed is None:
         return
     seconds = (1 - spared) * sum(speed.seconds(length, segment, layout.every) for length in lengths)
@@ -202,7 +202,7 @@ def show_memory(recipe: Recipe, base: Base, data: Dataset, memory: float | None)
     needs = plan.make(base.config, recipe.lora, dtype, device, recipe.train.optim, backend=recipe.model.backend)
     card = plan.make(base.config, recipe.lora, card_dtype, torch.device("cuda"), recipe.train.optim, backend=recipe.model.backend)
     say("")
-    table = Table("memory", "longest row", "every layer recomputed", "needs", box=None, pad_edge=False)
+    table = Table("memory", "longest row", "computed again", "needs", box=None, pad_edge=False)
     layout = segments.lay_out(needs, base.config, device, here, longest, recipe.train)
     chosen = layout.choice
     table.add_row(*row("this run" if memory is None else f"{memory:g} GiB", chosen))
@@ -211,8 +211,8 @@ def show_memory(recipe: Recipe, base: Base, data: Dataset, memory: float | None)
             choice, _ = segments.fitting(card, base.config, torch.device("cuda"), size * plan.GIB, longest, recipe.train)
             table.add_row(*row(f"a card of {size} GiB", choice))
     console.print(table)
-    plain, recomputed = (needs.curve(how).per_token / 1e6 for how in (False, True))
-    token = f"{plain:.2f} MB a token of a row, {recomputed:.2f} with layers recomputed"
+    plain, glu, recomputed = (needs.curve(level).per_token / 1e6 for level in ("none", "glu", needs.levels(True)[0]))
+    token = f"{plain:.2f} MB a token of a row, {glu:.2f} with GLUs computed again, {recomputed:.2f} with layers"
     say(f"the longest record has {longest:,} tokens; frozen weights {needs.weights / plan.GIB:.1f} GiB, {token}")
     if layout.line:
         say(layout.line)
@@ -231,4 +231,4 @@ def row(name: str, choice: plan.Choice) -> tuple[str, str, str, str]:
     """One line of the memory table."""
     if choice.budget is None:
         return name, "does not fit", "", f"{choice.needed / plan.GIB:.1f} GiB"
-    return name, f"{choice.budget:,} tokens", "yes" if choice.checkpointing else "no", f"{choice.needed / plan.GIB:.1f} GiB"
+    return name, f"{choice.budget:,} tokens", recomputation.WORDS[choice.level], f"{choice.needed / plan.GIB:.1f} GiB"

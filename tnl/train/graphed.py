@@ -88,7 +88,7 @@ def why_not(model: nn.Module) -> str:
     base = causal_lm(model)
     if base.device.type != "cuda":
         return "there is no GPU"
-    if recomputation.enabled(model):
-        return "layers are recomputed"
+    if why := recomputation.why_not_recorded(model):
+        return why
     hooked = next((name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks), None)
     return "" if hooked is None else f"{hooked} has a hook (neftune_noise_alpha and its like)"

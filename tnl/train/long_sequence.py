@@ -44,8 +44,9 @@ def streamed_backward(
     """Add the gradients of one row's loss / supervised to the parameters, whatever the row's length; returns that loss.
 
     segment_length: tokens whose activations live at once. offload: where states wait (state_store.place). mode: fast keeps a segment's
-    activations, lean computes each layer again in the backward pass. every: keep every so many segments' states and compute the others
-    again (default: each, or as many as memory holds). Raises MemoryBudgetError where not even that fits; ValueError.
+    activations, lean computes each layer again in the backward pass; GLUs that the model computes again stay so in fast. every: keep
+    every so many segments' states and compute the others again (default: each, or as many as memory holds). Raises MemoryBudgetError
+    where not even that fits; ValueError.
     """
     if segment_length < 1 or (every is not None and every < 1):
         raise ValueError("a segment holds at least one token, and a group at least one segment")
@@ -222,7 +223,9 @@ class _Stream:
 @contextlib.contextmanager
 def recomputing(layers: nn.ModuleList, on: bool) -> Iterator[None]:
     """Inside, every layer is computed again in the backward pass (of a model in training mode), or none is; afterwards as before."""
-    wanted = {"gradient_checkpointing": on, "_gradient_checkpointing_func": partial(checkpoint, use_reentrant=False)}
+    wanted: dict[str, Any] = {"gradient_checkpointing": on, "_gradient_checkpointing_func": partial(checkpoint, use_reentrant=False)}
+    if on:
+        wanted["glu_again"] = False  # its layer is
     before = [{name: vars(layer)[name] for name in wanted if name in vars(layer)} for layer in layers]
     for layer in layers:
         vars(layer).update(wanted)

@@ -10,13 +10,17 @@ from tnl.evaluate.perplexity import causal_lm
 from tnl.kernels.lora import hindrance
 from tnl.train.engines import Engine
 from tnl.train.graphed import why_not
+from tnl.train.recomputation import WORDS, level_of
 from tnl.train.step import Rows, plain_head
 
 FUSED = "fused"
 
 
 def paths_taken(model: nn.Module, rows: Rows, eager: str) -> dict[str, str]:
-    """Part -> form: attention, lora, loss, rows, step. eager: why the step is not recorded in CUDA graphs (`why_eager`), or empty."""
+    """Part -> form: attention, lora, loss, rows, recomputed, step.
+
+    eager: why the step is not recorded in CUDA graphs (`why_eager`), or empty.
+    """
     base: Any = causal_lm(model)
     packed = f"packed, the first {rows.shared} tokens of their records once" if rows.shared else "packed"
     return {
@@ -24,6 +28,7 @@ def paths_taken(model: nn.Module, rows: Rows, eager: str) -> dict[str, str]:
         "lora": lora_form(model),
         "loss": f"in chunks of {rows.chunk}" if plain_head(base.get_output_embeddings(), rows) else "by the head's own forward",
         "rows": packed if rows.padded is None else f"padded, {rows.padded} records at once",
+        "recomputed": WORDS[level_of(model)],
         "step": f"eager, since {eager}" if eager else "in CUDA graphs",
     }
 

@@ -28,6 +28,7 @@ from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.recipe.sections import LoraSection, TrainSection
 from tnl.train import lora, recomputation
 from tnl.train.places import Where
+from tnl.train.recomputation import LEVELS, Level
 from tnl.train.step import Rows, forward_backward
 
 GIB = 1024**3
@@ -35,12 +36,12 @@ CONTEXT = 0.75 * GIB
 """What a CUDA process holds beside PyTorch's own memory: context, kernels. Measured on an H100."""
 OVERHEAD = 1.1 * GIB
 """CONTEXT, and what the allocator holds of a 7B's weights beyond their bytes."""
-FRAGMENTS = {False: 1.08, True: 1.3}
-"""How much more than its tensors a row makes the allocator hold, without and with layers recomputed: chosen from readings of the 7B on an
-H100 with rows of 400 to 8,000 tokens, where the plan before them was 4% and 8% off; not measured again since."""
-HEAP = {False: 0.9, True: 6.0}
-"""How much of a row's bytes the C library keeps on a CPU after they were freed, without and with layers recomputed, 1 GiB at most:
-chosen from readings of the demo base with rows of 4,096 tokens (larger models' tensors go straight back to the system)."""
+FRAGMENTS: dict[Level, float] = {"none": 1.08, "glu": 1.08, "layer": 1.3, "host": 1.3}
+"""How much more than its tensors a row makes the allocator hold: none and host chosen from readings of the 7B on an H100 with rows of 400
+to 8,000 tokens, where the plan before them was 4% and 8% off; glu and layer are taken from their neighbours."""
+HEAP: dict[Level, float] = {"none": 0.9, "glu": 0.9, "layer": 6.0, "host": 6.0}
+"""How much of a row's bytes the C library keeps on a CPU after they were freed, 1 GiB at most: chosen from readings of the demo base with
+rows of 4,096 tokens (larger models' tensors go straight back to the system)."""
 LATER = 64 * 1024**2
 """What the program takes on a CPU behind the plan, beside tensors: Trainer, autograd's threads. Read on the demo base: 45 to 60 MiB."""
 CPU_SHARE = 0.7
@@ -111,22 +112,27 @@ class Plan:
     """Trained weights."""
     states: float
     """What the optimizer keeps of each trained weight, in copies of it: 2 for Adam."""
-    curve: Callable[[bool], Curve]
-    """Activations, logits, temporaries and gradients of a row; of the argument True, where layers are recomputed. Traced when asked for."""
+    curve: Callable[[Level], Curve]
+    """Activations, logits, temporaries and gradients of a row, where so much is computed again. Traced when asked for."""
     overhead: float
     """What the process holds before a weight is loaded: on a CPU the program itself, on a GPU what CUDA takes."""
     on_cpu: bool = False
 
-    def total(self, tokens: int, checkpointing: bool) -> float:
+    def levels(self, checkpointing: bool, segments: bool = False) -> tuple[Level, ...]:
+        """What may be computed again, the fastest first; segments: of rows that are streamed, what enters a layer stays on the device."""
+        all_of_them = LEVELS[:-1] if self.on_cpu or segments else LEVELS
+        return all_of_them[-1:] if checkpointing else all_of_them
+
+    def total(self, tokens: int, level: Level) -> float:
         """Bytes at the highest point of a step whose longest row has so many tokens: in its backward pass, or in the update."""
-        row = self.curve(checkpointing).at(tokens)
+        row = self.curve(level).at(tokens)
         tensors = self.trained * (1 + self.states) + max(row, 2 * self.trained)
-        kept = min(HEAP[checkpointing] * tensors, GIB) if self.on_cpu else (FRAGMENTS[checkpointing] - 1) * tensors
+        kept = min(HEAP[level] * tensors, GIB) if self.on_cpu else (FRAGMENTS[level] - 1) * tensors
         return self.weights + self.overhead + tensors + kept
 
-    def row_budget(self, memory: float, checkpointing: bool, most: int) -> int | None:
+    def row_budget(self, memory: float, level: Level, most: int) -> int | None:
         """The longest row on the ladder that fits into `memory` bytes, at most `most`; None where not even the shortest does."""
-        fitting = [tokens for tokens in LADDER if tokens <= most and self.total(tokens, checkpointing) <= memory]
+        fitting = [tokens for tokens in LADDER if tokens <= most and self.total(tokens, level) <= memory]
         return fitting[-1] if fitting else None
 
 
@@ -135,20 +141,29 @@ class Choice:
     """How long rows may be, or, with budget None, that nothing fits."""
 
     budget: int | None
-    checkpointing: bool
+    level: Level
+    """What is computed again."""
     needed: float
     """Bytes at the highest point of a step."""
     memory: float
     """Bytes there are."""
+    otherwise: float = 0.0
+    """Bytes that the same rows would need with nothing computed again."""
 
 
 def choose(plan: Plan, memory: float, longest: int, checkpointing: bool, most: int) -> Choice:
-    """Take the longest rows that fit; where a record of `longest` tokens does not, with checkpointing though nobody asked for it."""
-    for recompute in (True,) if checkpointing else (False, True):
-        budget = plan.row_budget(memory, recompute, most)
-        if budget is not None and plan.total(longest, recompute) <= memory:
-            return Choice(budget, recompute, plan.total(max(budget, longest), recompute), memory)
-    return Choice(None, True, plan.total(longest, True), memory)
+    """Take the fastest level at which a record of `longest` tokens fits, though nobody asked for it, and the longest rows that fit then."""
+    levels = plan.levels(checkpointing)
+    for level in levels:
+        budget = plan.row_budget(memory, level, most)
+        if budget is not None and plan.total(longest, level) <= memory:
+            return chosen(plan, budget, level, max(budget, longest), memory)
+    return Choice(None, levels[-1], plan.total(longest, levels[-1]), memory)
+
+
+def chosen(plan: Plan, budget: int, level: Level, tokens: int, memory: float, extra: float = 0.0) -> Choice:
+    """The choice of a level; tokens: of the longest row, or segment; extra: bytes beside it."""
+    return Choice(budget, level, plan.total(tokens, level) + extra, memory, plan.total(tokens, "none") + extra)
 
 
 def require(plan: Plan, choice: Choice, longest: int) -> int:
@@ -159,9 +174,9 @@ def require(plan: Plan, choice: Choice, longest: int) -> int:
         f"{choice.needed / GIB:.1f} GiB with records of {longest} tokens, recomputing every layer (there are {choice.memory / GIB:.1f} GiB)"
     )
     what = f"training needs {there}"
-    fits = plan.row_budget(choice.memory, True, longest)
+    fits = plan.row_budget(choice.memory, choice.level, longest)
     if fits is None:
-        least = plan.total(LADDER[0], True) / GIB
+        least = plan.total(LADDER[0], choice.level) / GIB
         raise MemoryBudgetError("", what, f"The shortest rows need {least:.1f} GiB: take a smaller base model, or a larger card.")
     raise MemoryBudgetError("", what, f"This would fit: data.max_length={fits}.")
 
@@ -198,8 +213,18 @@ def longest_row(device: torch.device, longest: int, section: TrainSection) -> in
 
 def words(plan: Plan, choice: Choice) -> str:
     """The plan in one line."""
-    rows = f"rows of at most {choice.budget:,} tokens{', every layer recomputed' if choice.checkpointing else ''}"
-    return f"memory: {rows}: {choice.needed / GIB:.1f} of {choice.memory / GIB:.1f} GiB ({plan.weights / GIB:.1f} of frozen weights)"
+    rows = f"rows of at most {choice.budget:,} tokens{AGAIN[choice.level]}"
+    instead = "" if choice.level == "none" else f" instead of {choice.otherwise / GIB:.1f}"
+    room = f"{choice.needed / GIB:.1f} of {choice.memory / GIB:.1f} GiB{instead}"
+    return f"memory: {rows}: {room} ({plan.weights / GIB:.1f} of frozen weights)"
+
+
+AGAIN: dict[Level, str] = {
+    "none": "",
+    "glu": ", the layers' GLUs computed again",
+    "layer": ", every layer recomputed",
+    "host": ", every layer recomputed from host memory",
+}
 
 
 OPTIMIZER_STATES = {
@@ -245,32 +270,32 @@ def build(config: TransnormerConfig, section: LoraSection | None, dtype: torch.d
 
 
 def fit(
-    config: TransnormerConfig, section: LoraSection | None, dtype: torch.dtype, device: torch.device, backend: str, recompute: bool
+    config: TransnormerConfig, section: LoraSection | None, dtype: torch.dtype, device: torch.device, backend: str, level: Level
 ) -> Curve:
     """Extrapolate traces of one and two layers to the depth of the config."""
     if device.type == "cuda" and torch.cuda.is_available():
         with contextlib.suppress(torch.OutOfMemoryError):  # then by shapes, which need no memory
-            return curve(config, section, dtype, device, backend, recompute)
-    return curve(config, section, dtype, torch.device("meta"), "reference", recompute)
+            return curve(config, section, dtype, device, backend, level)
+    # shapes alone have no host memory to go to
+    return curve(config, section, dtype, torch.device("meta"), "reference", "layer" if level == "host" else level)
 
 
 def curve(
-    config: TransnormerConfig, section: LoraSection | None, dtype: torch.dtype, device: torch.device, backend: str, recompute: bool
+    config: TransnormerConfig, section: LoraSection | None, dtype: torch.dtype, device: torch.device, backend: str, level: Level
 ) -> Curve:
     settings = None if section is None else everywhere(section).model_dump_json(exclude_unset=True)
-    return traced(config.to_json_string(use_diff=False), settings, dtype, recompute, str(device), backend)
+    return traced(config.to_json_string(use_diff=False), settings, dtype, level, str(device), backend)
 
 
 @lru_cache(maxsize=16)
-def traced(config_json: str, section_json: str | None, dtype: torch.dtype, recompute: bool, device: str, backend: str) -> Curve:
+def traced(config_json: str, section_json: str | None, dtype: torch.dtype, level: Level, device: str, backend: str) -> Curve:
     """`curve` by values: a process that plans the same again (a notebook, a sweep) need not trace again."""
     config = TransnormerConfig(**json.loads(config_json))
     section = None if section_json is None else LoraSection.model_validate_json(section_json)
     peaks: dict[int, list[int]] = {}
     for layers in (1, 2):
         model = shallow_model(config, layers, section, dtype, device, backend)
-        if recompute:
-            recomputation.enable(model)
+        recomputation.use(model, level)
         peaks[layers] = [trace(model, tokens) for tokens in LENGTHS]
         del model
     return Curve(tuple((t, one + (config.decoder_layers - 1) * (two - one)) for t, one, two in zip(LENGTHS, peaks[1], peaks[2])))

@@ -1,12 +1,15 @@
-"""Layers that are computed again in the backward pass. Between the passes only what enters a layer is kept, on a GPU in host memory.
+"""What is computed again in the backward pass, so that it need not be kept.
 
-So a row's residual stream takes no device memory either: while one layer is computed, what entered the last one leaves, and in the
-backward pass what the next one needs comes back (pinned memory, a stream of its own).
+none   nothing
+glu    each layer's GLU (kernels: norm_glu's `again`): half the memory of a row, a fifth more products
+layer  whole layers: only what enters them is kept
+host   whole layers, and what enters them waits in host memory: while one layer is computed, what entered the last one leaves, and in
+       the backward pass what the next one needs comes back (pinned memory, a stream of its own). No CUDA graph holds that.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,40 +23,77 @@ Layer = Callable[..., tuple[Tensor, Tensor]]
 """x [B, T, D], state, rows, ops -> what leaves the layer, and the state after it."""
 
 
-def enable(model: nn.Module, options: dict[str, Any] | None = None, *, own: bool = True) -> None:
-    """Recompute every layer in the backward pass.
+Level = Literal["none", "glu", "layer", "host"]
+LEVELS: tuple[Level, ...] = ("none", "glu", "layer", "host")
+"""Each takes less of the device than the one before it, and more time."""
 
-    own: by the form of this file; where an adapter's dropout is its module's own, or options are given, it is torch.utils.checkpoint,
-    which repeats random numbers, with these options.
+
+WORDS: dict[Level, str] = {"none": "nothing", "glu": "GLUs", "layer": "layers", "host": "layers, from host memory"}
+
+
+def use(model: nn.Module, level: Level, options: dict[str, Any] | None = None, *, own: bool = True) -> None:
+    """Compute so much again in the backward pass; of a model at a higher level nothing changes.
+
+    own: layers by the form of this file; where an adapter's dropout is its module's own, or options are given, it is
+    torch.utils.checkpoint, which repeats random numbers, with these options, and keeps what enters a layer on the device.
     """
     base = causal_lm(model)
+    if LEVELS.index(level) <= LEVELS.index(level_of(model)):
+        return
+    for layer in base.model.layers:
+        layer.glu_again = level == "glu"
+    if level == "glu":
+        return
     # the name since transformers 5.20; the old one warns there
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable(options or {"use_reentrant": False})
     if own and not options and not any(hindrance(module) for module in base.model.layers.modules() if hasattr(module, "lora_A")):
-        kept = Kept(base.device)
+        kept = Kept(base.device, host=level == "host" and base.device.type == "cuda")
         for layer in base.model.layers:
             layer._gradient_checkpointing_func = partial(recomputed, kept, layer)
 
 
-def enabled(model: nn.Module) -> bool:
-    """Whether layers are recomputed in the backward pass."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+def level_of(model: nn.Module) -> Level:
+    """What is computed again in the backward pass."""
+    layers = causal_lm(model).model.layers
+    if any(layer.gradient_checkpointing for layer in layers):
+        kept = kept_of(layers[0])
+        return "host" if kept is not None and kept.host else "layer"
+    return "glu" if any(layer.glu_again for layer in layers) else "none"
+
+
+def leaner(model: nn.Module) -> Level | None:
+    """The level to try next where memory has run out; None where there is none. Graphs have been given up by then."""
+    level, kept = level_of(model), kept_of(causal_lm(model).model.layers[0])
+    if level in ("none", "glu"):
+        return "glu" if level == "none" else "host"
+    return "host" if kept is not None and not kept.host and kept.device.type == "cuda" else None
+
+
+def why_not_recorded(model: nn.Module) -> str:
+    """What of it no CUDA graph holds, or an empty string."""
+    level, kept = level_of(model), kept_of(causal_lm(model).model.layers[0])
+    if level == "host":
+        return "what enters a recomputed layer waits in host memory"
+    return "layers are recomputed by torch.utils.checkpoint" if level == "layer" and kept is None else ""
+
+
+def kept_of(layer: Any) -> "Kept | None":
+    """Where a layer's inputs wait; None where it is not recomputed by the form of this file."""
+    form = getattr(layer, "_gradient_checkpointing_func", None)
+    return form.args[0] if isinstance(form, partial) and form.func is recomputed else None
 
 
 class Kept:
     """What entered each layer of the row that is being computed."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.store = self.empty()
-
-    def empty(self) -> StateStore:
-        return StateStore(self.device, host=self.device.type == "cuda")
+    def __init__(self, device: torch.device, host: bool) -> None:
+        self.device, self.host = device, host
+        self.store = StateStore(device, host)
 
     def put(self, number: int, x: Tensor) -> None:
         if number == 0:
-            self.store = self.empty()  # a pass that memory has ended may have left something
+            self.store = StateStore(self.device, self.host)  # a pass that memory has ended may have left something
         self.store.put(number, [x])
 
     def take(self, number: int) -> Tensor:

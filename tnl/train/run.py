@@ -96,8 +96,7 @@ def train(recipe: Recipe, memory: float | None, allow: Sequence[str] = ()) -> Ru
         say(order.words(recipe.train, len(units), settings.records_per_step, order.UNITS[recipe.data.packing]))
         loaded = load_model(base.folder, dtype=base.dtype, device=base.device, backend=recipe.model.backend)
         model = lora.attach(loaded, recipe.lora, recipe.where, recipe.train.seed, say)
-        if recipe.train.gradient_checkpointing:
-            recomputation.enable(model, arguments.recomputing(recipe.train), own=not engine.sharded)
+        recomputation.use(model, rows.level, arguments.recomputing(recipe.train), own=not engine.sharded)
     show_table(model)
     live = callbacks.Live(console, settings.plain)
     with together.held(crew, path, facts, allow) as (work, folder, notices), StopSignals() as stop, closing(live):
@@ -201,12 +200,11 @@ def plan_rows(recipe: Recipe, base: Base, data: Dataset, memory: float | None, e
     say(plan.words(needs, choice))
     if layout.line:
         say(layout.line)
-    if choice.checkpointing and not recipe.train.gradient_checkpointing:
+    if choice.level in ("layer", "host") and not recipe.train.gradient_checkpointing:
         say("train.gradient_checkpointing is on, though the recipe has it off: without it nothing fits")
-        recipe.train.gradient_checkpointing = True
     padded = recipe.train.per_device_train_batch_size if recipe.data.packing == "none" else None
     rows = Rows(budget, padded, label_smoothing=recipe.train.label_smoothing_factor, say=say)
-    rows.segment_length, rows.offload = layout.segment_length, recipe.train.state_offload
+    rows.level, rows.segment_length, rows.offload = choice.level, layout.segment_length, recipe.train.state_offload
     rows.multiple = ROUND if base.device.type == "cuda" else 1
     prompt = shared_prompt.choose(recipe, data.train, budget)
     rows.shared = prompt.tokens

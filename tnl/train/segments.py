@@ -9,7 +9,8 @@ from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.stream import SEGMENT
 from tnl.recipe.sections import TrainSection
 from tnl.train import plan
-from tnl.train.plan import GIB, LADDER, Choice, Plan
+from tnl.train.plan import AGAIN, GIB, LADDER, Choice, Plan
+from tnl.train.recomputation import Level
 from tnl.train.state_store import free_host_bytes, kept_bytes, on_host, place, state_bytes
 
 SHORT = 1024
@@ -45,8 +46,9 @@ def lay_out(needs: Plan, config: TransnormerConfig, device: torch.device, room: 
     left = free_host_bytes() if apart else int(room - choice.needed)
     placed = place(count, length, states, section.state_offload, device, left)
     held = kept_bytes(count - 1, placed.every, states)
-    line = words(length, choice.checkpointing, placed.every, held, f"{left / GIB:.1f} GiB of host memory" if apart else "")
-    return Layout(choice if apart else replace(choice, needed=choice.needed + held), length, placed.every, line)
+    line = words(length, choice.level, placed.every, held, f"{left / GIB:.1f} GiB of host memory" if apart else "")
+    whole = choice if apart else replace(choice, needed=choice.needed + held, otherwise=choice.otherwise + held)
+    return Layout(whole, length, placed.every, line)
 
 
 def fitting(
@@ -60,37 +62,39 @@ def fitting(
         found = None if choice.budget is not None else longest_segments(needs, room - states, longest, section)
         if found is None:
             return choice, None
-        length, recompute = found
+        length, level = found
     else:
-        length, recompute = as_asked(needs, room - states, min(asked, longest), section)
+        length, level = as_asked(needs, room - states, min(asked, longest), section)
     extra = states if length < longest else 0
-    budget = needs.row_budget(room - extra, recompute, min(most, asked or length)) or length
-    return Choice(budget, recompute, needs.total(max(budget, length), recompute) + extra, room), asked or length
+    budget = needs.row_budget(room - extra, level, min(most, asked or length)) or length
+    return plan.chosen(needs, budget, level, max(budget, length), room, extra), asked or length
 
 
-def longest_segments(needs: Plan, room: float, longest: int, section: TrainSection) -> tuple[int, bool] | None:
-    """The longest segments that fit, at most SEGMENT, and whether layers are recomputed in them; None where none fits."""
-    for recompute, least in ((section.gradient_checkpointing, SHORT), (True, LADDER[0])):
+def longest_segments(needs: Plan, room: float, longest: int, section: TrainSection) -> tuple[int, Level] | None:
+    """The longest segments that fit, at most SEGMENT, and what is computed again in them; None where none fits."""
+    levels = needs.levels(section.gradient_checkpointing, segments=True)
+    for level, least in (*((level, SHORT) for level in levels), (levels[-1], LADDER[0])):
         for length in reversed(LADDER):
-            if least <= length <= min(SEGMENT, longest) and needs.total(length, recompute) <= room:
-                return length, recompute
+            if least <= length <= min(SEGMENT, longest) and needs.total(length, level) <= room:
+                return length, level
     return None
 
 
-def as_asked(needs: Plan, room: float, length: int, section: TrainSection) -> tuple[int, bool]:
-    """The segments that the recipe asks for, with layers recomputed where they do not fit otherwise. Raises MemoryBudgetError."""
-    for recompute in (True,) if section.gradient_checkpointing else (False, True):
-        if needs.total(length, recompute) <= room:
-            return length, recompute
-    what = f"segments of {length:,} tokens need {needs.total(length, True) / GIB:.1f} GiB, recomputing every layer"
-    fits = needs.row_budget(room, True, length)
+def as_asked(needs: Plan, room: float, length: int, section: TrainSection) -> tuple[int, Level]:
+    """The segments that the recipe asks for, with so much computed again that they fit. Raises MemoryBudgetError."""
+    levels = needs.levels(section.gradient_checkpointing, segments=True)
+    for level in levels:
+        if needs.total(length, level) <= room:
+            return length, level
+    what = f"segments of {length:,} tokens need {needs.total(length, levels[-1]) / GIB:.1f} GiB, recomputing every layer"
+    fits = needs.row_budget(room, levels[-1], length)
     todo = f"This would fit: train.segment_length={fits}." if fits else "Take a smaller base model, or a larger card."
     raise MemoryBudgetError("train.segment_length", f"{what} (there are {max(room, 0) / GIB:.1f} GiB beside the states)", todo)
 
 
-def words(length: int, recompute: bool, every: int, held: int, host: str) -> str:
+def words(length: int, level: Level, every: int, held: int, host: str) -> str:
     """The segments in one line; held: bytes of states; host: the room there is for them, "" where they are a part of what rows need."""
     where = f"{held / GIB:.1f} of {host}" if host else f"{held / GIB:.1f} GiB, counted above"
     kept = "" if every == 1 else f", 1 of {every} kept and the others computed again"
-    again = ", every layer recomputed" if recompute else ""
-    return f"longer rows: in segments of {length:,} tokens{again}, with the gradients of one pass; states between them: {where}{kept}"
+    rows = f"longer rows: in segments of {length:,} tokens{AGAIN[level]}, with the gradients of one pass"
+    return f"{rows}; states between them: {where}{kept}"

@@ -37,6 +37,7 @@ from tnl.train.crew import Crew
 from tnl.train.engines import Engine
 from tnl.train.graphed import Graphed
 from tnl.train.long_sequence import streamed_backward
+from tnl.train.recomputation import Level
 from tnl.train.state_store import Offload
 
 ROUND = 64
@@ -67,19 +68,21 @@ class Rows:
     shared: int = 0
     """Tokens that all records of the run begin with (packing.shared_tokens): a packed row has them once. Dropout takes the same of them in
     every record of a step, so that its masks, too, are the same however rows are laid out."""
+    level: Level = "none"
+    """What the memory plan has computed again in the backward pass; what is, recomputation.level_of says."""
     say: Callable[[str], None] = print
 
     def state(self, model: nn.Module) -> dict[str, Any]:
         """What a checkpoint keeps, so that a resumed run lays out its rows, and rounds, as before."""
         layout = {"budget": self.budget, "padded": self.padded, "chunk": self.chunk, "segment_length": self.segment_length}
-        return {**layout, "shared": self.shared, "checkpointing": recomputation.enabled(model)}
+        return {**layout, "shared": self.shared, "checkpointing": recomputation.level_of(model)}
 
     def restore(self, state: dict[str, Any], model: nn.Module) -> None:
         """Take a checkpoint's layout."""
         self.budget, self.padded, self.chunk = state["budget"], state["padded"], state["chunk"]
-        self.segment_length, self.shared = state["segment_length"], state["shared"]
-        if state["checkpointing"] and not recomputation.enabled(model):
-            recomputation.enable(model)
+        self.segment_length, self.shared = state["segment_length"], state.get("shared", 0)
+        level = state["checkpointing"]
+        recomputation.use(model, {True: "host", False: "none"}.get(level, level))  # a truth value until 2026-11
 
     def batches(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Tensor]]:
         """The rows as tensors on the CPU."""
@@ -115,7 +118,10 @@ class Rows:
         return self.segment_length is not None and tokens + -tokens % self.multiple > self.segment_length
 
     def shrink(self, model: nn.Module, records: Sequence[dict[str, Any]]) -> bool:
-        """Make the next attempt smaller, the same gradients: half the row, checkpointing, segments. False where nothing is left to try."""
+        """Make the next attempt smaller, the same gradients: half the row, GLUs and then layers again, segments, fewer logits.
+
+        False where nothing is left to try.
+        """
         longest = max(len(record["input_ids"]) for record in records)
         if self.padded is not None and self.padded > 1:
             self.padded //= 2
@@ -123,9 +129,10 @@ class Rows:
         elif self.padded is None and len(records) > 1 and self.budget > max(longest, SMALLEST_BUDGET):
             self.budget = max(min(self.budget, self.tokens(records)) // 2, SMALLEST_BUDGET)
             self.say(f"out of memory: from now on rows of at most {self.budget} tokens; the loss and its gradients stay the same")
-        elif not recomputation.enabled(model):
-            recomputation.enable(model)
-            self.say("out of memory: from now on with train.gradient_checkpointing, a third slower; the gradients stay the same")
+        elif level := recomputation.leaner(model):
+            recomputation.use(model, level)
+            how = "the layers' GLUs computed again, a fifth slower" if level == "glu" else "train.gradient_checkpointing, a third slower"
+            self.say(f"out of memory: from now on with {how}; the gradients stay the same")
         elif min(longest, self.segment_length or longest) > SHORTEST_SEGMENT:
             self.segment_length = max(min(longest, self.segment_length or longest) // 2 // 64 * 64, SHORTEST_SEGMENT)
             self.budget = min(self.budget, self.segment_length)
@@ -243,7 +250,7 @@ def row_loss(model: nn.Module, rows: Rows, batch: dict[str, Tensor], index: Tens
 def streamed(model: nn.Module, batch: dict[str, Tensor], rows: Rows, supervised: float) -> Tensor:
     """`forward_backward` of one row in segments; with gradient checkpointing on, layers are recomputed inside them."""
     loss = partial(head_loss, model, rows=rows)
-    mode, length = "lean" if recomputation.enabled(model) else "fast", rows.segment_length or SHORTEST_SEGMENT
+    mode, length = "lean" if recomputation.level_of(model) in ("layer", "host") else "fast", rows.segment_length or SHORTEST_SEGMENT
     return streamed_backward(model, batch, length, loss, supervised=supervised, offload=rows.offload, mode=mode)  # type: ignore[arg-type]
 
 

@@ -18,6 +18,7 @@ from tnl.run_dir import RunDir, check_checkpoint, hold, latest_valid, open_run
 from tnl.storage import storage
 from tnl.train.crew import Crew, here
 from tnl.train.crew import join as meet
+from tnl.train.recomputation import LEVELS
 from tnl.train.step import Rows
 
 PLACES = ("model.path", "data.train", "data.eval", "train.output_dir")
@@ -81,6 +82,7 @@ def read(crew: Crew, make: Callable[[], Dataset]) -> Dataset:
 def same_rows(crew: Crew, rows: Rows) -> None:
     """Make them such as fit every process's device."""
     rows.budget = min(crew.gather(rows.budget))
+    rows.level = max(crew.gather(rows.level), key=LEVELS.index)
     lengths = [length for length in crew.gather(rows.segment_length) if length is not None]
     rows.segment_length = min(lengths, default=None)
 

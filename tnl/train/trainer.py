@@ -338,9 +338,7 @@ class TnlTrainer(Trainer):
             self.resumed = check_checkpoint(folder, int(folder.name.rpartition("-")[2]))
             checkpoint.load_weights(self.net, folder)
         self.rows.restore(self.resumed["rows"], self.net)
-        if recomputation.enabled(
-            self.net
-        ):  # since memory ran out before the stop: what enters a layer leaves the device, which no graph holds
+        if recomputation.why_not_recorded(self.net):  # since memory ran out before the stop
             self.graphed = None
         self.supervised = self.resumed["supervised"]
 
