@@ -99,11 +99,12 @@ def test_whatever_is_trained(section: LoraSection | None) -> None:
     assert_same(gradients(model, shared=PROMPT), gradients(model))
 
 
+@pytest.mark.parametrize("level", ["glu", "layer"])
 @pytest.mark.parametrize("activation", ["elu", "silu"])
-def test_recomputed_layers(activation: str) -> None:
+def test_recomputed_layers(activation: str, level: recomputation.Level) -> None:
     model = make(linear_act_fun=activation)
     expected = gradients(model)
-    recomputation.enable(model)
+    recomputation.use(model, level)
     assert_same(gradients(model, shared=PROMPT), expected)
 
 
