@@ -32,15 +32,17 @@ train: {{output_dir: {out}, per_device_train_batch_size: {batch}, gradient_accum
   logging_steps: {logging}, save_strategy: "no", gradient_checkpointing: {checkpointing}, learning_rate: 1.0e-4}}
 generation: {{max_new_tokens: 8}}
 """
-# name: format, records a batch, batches a step, tokens a record, steps, recomputation
+# name: format, records a batch, batches a step, tokens a record, steps, recomputation; OVERRIDES: what the command says besides
 WORK = {
     "Huanhuan, 4 x 4": ("alpaca", 4, 4, 384, 144, "false"),
+    "Huanhuan, shared prompt": ("alpaca", 4, 4, 384, 144, "false"),
     "1 x 2,048": ("text", 1, 1, 2048, 40, "false"),
     "4 x 384": ("text", 4, 1, 384, 60, "false"),
     "1 x 8,192": ("text", 1, 1, 8192, 15, "false"),
     "1 x 8,192, recomputed": ("text", 1, 1, 8192, 15, "true"),
     "4 x 384, recomputed": ("text", 4, 1, 384, 24, "true"),
 }
+OVERRIDES = {"Huanhuan, shared prompt": ["data.shared_prompt=true"]}
 
 
 def parity() -> None:
@@ -75,11 +77,14 @@ def measure(name: str, model: Path, data: Path, work: Path) -> dict[str, object]
     values["system"] = ", system: 现在你要扮演皇帝身边的女人--甄嬛" if form == "alpaca" else ""
     recipe.write_text(RECIPE.format(**values), encoding="utf-8")
     start = time.monotonic()
-    made = subprocess.run([sys.executable, "-m", "tnl", "train", str(recipe)], capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-m", "tnl", "train", str(recipe), *OVERRIDES.get(name, [])]
+    made = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if made.returncode:
         return {"work": name, "failed": f"exit {made.returncode}: {made.stderr.strip().splitlines()[-1:]}"}
     paths = json.loads((work / "run" / "run.json").read_text(encoding="utf-8"))["paths"]
-    fast = paths["attention"] == "Triton" and paths["lora"] == "fused" and (checkpointing or paths["step"] == "in CUDA graphs")
+    fast = paths["attention"] == "Triton" and paths["lora"] == "fused" and (checkpointing == "true" or paths["step"] == "in CUDA graphs")
+    if name in OVERRIDES and "once" not in paths["rows"]:
+        return {"work": name, "failed": f"no figure: the prompt is not shared: {paths}"}
     if torch.cuda.is_available() and not fast:
         return {"work": name, "failed": f"no figure: a part fell back: {paths}"}
     lines = [json.loads(line) for line in (work / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

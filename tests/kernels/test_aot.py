@@ -38,15 +38,26 @@ def configurations(thorough: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
         lc.forward(*args)
         lc.backward(v.clone(), initial, *args)
 
+    def prompt(K: int, V: int, H: int = 32) -> None:
+        """A row's first 41 tokens, and its packed records from the state after them."""
+        first, rest = ([torch.empty(1, T, H, d, dtype=bf) for d in (K, K, V)] for T in (41, 1051))
+        g, state, start = torch.empty(H), torch.empty(1, H, K, V), torch.empty(1, 1051, dtype=torch.int64)
+        for qkv, d_final, begins in ((first, state, (None, None, None)), (rest, None, (start, None, state[0]))):
+            args = *qkv, g, *begins, False
+            lc.forward(*args)
+            lc.backward(qkv[2].clone(), d_final, *args)
+
     def attention(dtype: torch.dtype, K: int, V: int, size: tuple[int, int], all_of_it: bool) -> tuple[str, Callable[[], Any]]:
         flags = dict.fromkeys(("packed", "states", "silu"), all_of_it)
         return f"{dtype} K {K} V {V} B x T {size} {flags}", lambda: both(size, K, V, dtype, **flags)
 
     yield attention(bf, 128, 128, SMALL, False)
     yield attention(bf, 128, 128, LONG, True)
+    yield "shared prompt", lambda: prompt(128, 128)
     yield attention(bf, 256, 128, SMALL, False)
     yield attention(full, 128, 128, SMALL, False)
     if thorough:
+        yield "shared prompt with LRPE", lambda: prompt(256, 128)
         yield attention(bf, 256, 128, LONG, True)
         yield attention(bf, 80, 48, LONG, True)
         yield attention(half, 128, 128, SMALL, False)

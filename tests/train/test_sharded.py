@@ -67,6 +67,25 @@ def test_every_weight_is_trained_as_in_one_process(engine: str, alone_full: Path
         torch.testing.assert_close(mine[name], theirs[name], atol=1e-4, rtol=1e-3)
 
 
+SHARED = ["data.system=现在你要扮演皇帝身边的女人甄嬛，说话要有分寸。", "data.max_length=128", "data.shared_prompt=true"]
+
+
+@pytest.fixture(scope="module")
+def alone_shared(base: Path, records: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run in one process whose rows have the prompt once."""
+    return training.run(write(tmp_path_factory.mktemp("shared"), base, records), SHARED).path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero3"])
+def test_a_shared_prompt_is_shared_in_every_process(engine: str, alone_shared: Path, base: Path, records: Path, tmp_path: Path) -> None:
+    """With dropout, the same of it in all records of a step, whichever process has them."""
+    run = train(tmp_path, base, records, *ENGINES[engine], *SHARED)
+    assert "the first" in RunDir(run).read_metadata()["paths"]["rows"]
+    assert_same_run(run, alone_shared)
+    assert_same_adapter(run, alone_shared)
+
+
 SWITCHES = [("ddp", "zero3", 2), ("zero3", "fsdp", 3), ("fsdp", "zero2", 2), ("zero2", "", 1), ("zero3", "zero3", 3)]
 
 
