@@ -132,7 +132,8 @@ def test_in_the_body_of_a_graph() -> None:
 
 
 @pytest.mark.parametrize(
-    "layout", [{"budget": 60}, {"budget": 1}, {"multiple": 64}, {"segment_length": 16}, {"budget": 60, "segment_length": 60}]
+    "layout",
+    [{"budget": 60}, {"budget": 1}, {"multiple": 64}, {"segment_length": 16}, {"budget": 100, "segment_length": 100, "multiple": 64}],
 )
 def test_dropout_is_the_same_however_rows_are_laid_out(layout: dict[str, int]) -> None:
     """Long rows in segments compute the prompt with every record: with the masks that a shared one has, once is as good."""
