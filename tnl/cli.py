@@ -219,7 +219,7 @@ def evaluate(
 
 @app.command()
 def merge(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or of an adapter.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run or of an adapter, or owner/name.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of the merged model; must not exist.")],
     dtype: Annotated[str, typer.Option(help="auto (the base's), bfloat16 or float32.")] = "auto",
     base: Base = None,

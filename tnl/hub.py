@@ -18,7 +18,7 @@ def run(repo: str, hub: str = "huggingface", revision: str | None = None, out: P
     require_hub(hub)
     folder = download(repo, hub=hub, revision=revision, out=out)  # type: ignore[arg-type]
     print(folder)
-    print(f"Write in a recipe: model.path: {folder}")
+    print(f"Talk to it: tnl chat {folder}" if (folder / "adapter_config.json").is_file() else f"Write in a recipe: model.path: {folder}")
 
 
 def require_hub(hub: str) -> None:
@@ -57,5 +57,7 @@ def download(repo: str, *, hub: Hub = "huggingface", revision: str | None = None
     out: the folder; without it the hub's cache. weights: False leaves them there. Raises ModelError (no such repository or
     revision, no weights, no network, wrong contents), RecipeError (the hub's library is not installed), StorageError (disk).
     """
+    if hub not in HUBS:  # an adapter's file may name any
+        raise ModelError(repo, f"is said to lie on {hub!r}, a hub that tnl does not know", f"Needed: {' or '.join(HUBS)}.")
     with storage(out or paths.home()):
         return HUBS[hub].fetch(repo, revision, out, weights)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tnl.errors import TnlError
 
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/(?!\.+$)[\w.-]+")
 
 
 def expand(text: str) -> str:

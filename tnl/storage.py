@@ -15,7 +15,7 @@ from tnl.errors import ModelError, StorageError, TnlError
 
 MANIFEST = "manifest.json"
 STAGED, OLD, TRASH = ".tnl-staged-", ".tnl-old-", ".tnl-trash-"
-_DISK = {
+DISK = {
     getattr(errno, name)
     for name in ("ENOSPC", "EDQUOT", "EROFS", "EIO", "EACCES", "EPERM", "EMFILE", "ENFILE", "EFBIG", "ENAMETOOLONG", "ENOTDIR", "ELOOP")
     if hasattr(errno, name)
@@ -32,7 +32,7 @@ def storage(path: Path, needed: int = 0) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK:
+        if error.errno not in DISK:
             raise
         raise _storage_error(error.filename or path, error.strerror or str(error), path, needed) from error
     except Exception as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
@@ -53,6 +53,13 @@ class Served:
     """Files of which the first bytes come, and then nothing, until the process that asks is gone."""
     tokens: dict[str, str] = field(default_factory=dict)
     """Path -> what the request said of who asks."""
+    public: set[str] = field(default_factory=set)
+    """Repositories that everybody sees."""
+    links: list[int] | None = None
+    """Where it is a list, large files lie on another host, at a new signed address each time: how often each was asked for."""
+    sha: str = SHA
+    answer: bytes | None = None
+    """What every request is answered with, as a login page between would."""
 
     def asked(self, part: str, method: str = "GET") -> list[tuple[str, str | None]]:
         """Path and range of the requests whose path holds a part."""
@@ -77,6 +84,10 @@ class SmallHub(BaseHTTPRequestHandler):
         self.served.log.append((self.command, self.path, self.headers.get("Range")))
         self.served.tokens[self.path] = self.headers.get("Authorization", "")
         once = next((part for part in self.served.once if part in self.path and self.command == "GET"), None)
+        if self.served.answer is not None:
+            self.body()
+            self.reply(200, self.served.answer)
+            return True
         status = next((status for part, status in self.served.status.items() if part in self.path), self.served.once.pop(once or "", None))
         if status is not None:
             self.body()
@@ -125,25 +136,43 @@ class SmallHuggingFace(SmallHub):
     def do_GET(self) -> None:
         if self.begin():
             return
-        parts = urlsplit(self.path).path.strip("/").split("/")
+        parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+        if parts[0] == "link":
+            return self.linked(int(parts[1]), "/".join(parts[2:4]), parts[4])
         api = parts[0] == "api"
         repo = "/".join(parts[2:4] if api else parts[:2])
         files = self.served.files.get(repo)
         revision = parts[5] if api and len(parts) > 5 else parts[3] if not api and len(parts) > 3 else "main"
         if files is None:
             return self.reply(404, b"", {"X-Error-Code": "RepoNotFound"})
-        if revision not in ("main", SHA):
+        if revision not in ("main", self.served.sha):
             return self.reply(404, b"", {"X-Error-Code": "RevisionNotFound"})
         if not api:
             name = "/".join(parts[4:])
             etag = hashlib.sha256(files[name]).hexdigest()
-            return self.contents(repo, name, {"ETag": f'"{etag}"', "X-Repo-Commit": SHA, "Accept-Ranges": "bytes"})
+            about = {"X-Repo-Commit": self.served.sha, "Accept-Ranges": "bytes"}
+            if self.served.links is not None and name.endswith(".safetensors"):
+                self.served.links.append(0)
+                link = f"http://localhost:{self.server.server_port}/link/{len(self.served.links)}/{repo}/{name}?Signature=hf_secret"
+                linked = {"X-Linked-ETag": f'"{etag}"', "X-Linked-Size": str(len(files[name])), "Location": link}
+                return self.reply(302, b"", {**about, **linked})
+            return self.contents(repo, name, {"ETag": f'"{etag}"', **about})
         entries = [self.entry(name, body) for name, body in files.items()]
         if "tree" in parts:
             return self.json([{"type": "file", "path": one["rfilename"], "oid": one["blobId"], **one} for one in entries])
-        self.json({"id": repo, "sha": SHA, "siblings": entries, "private": False})
+        self.json({"id": repo, "sha": self.served.sha, "siblings": entries, "private": repo not in self.served.public})
 
     do_HEAD = do_GET
+
+    def linked(self, number: int, repo: str, name: str) -> None:
+        """Contents at a signed address. The first one breaks in the middle, and is too old when it is asked again."""
+        assert self.served.links is not None
+        self.served.links[number - 1] += 1
+        if number == 1 and self.served.links[0] > 1:
+            return self.reply(403, b"")
+        if number == 1:
+            self.served.drop.append(name)
+        self.contents(repo, name, {"Accept-Ranges": "bytes"})
 
     def entry(self, name: str, body: bytes) -> dict[str, Any]:
         git = hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
@@ -195,7 +224,11 @@ class SmallModelScope(SmallHub):
         if self.begin():
             return
         url = urlsplit(self.path)
-        parts, query = url.path.strip("/").split("/"), {name: value[0] for name, value in parse_qs(url.query).items()}
+        parts, query = unquote(url.path).strip("/").split("/"), {name: value[0] for name, value in parse_qs(url.query).items()}
+        if parts[:3] == ["openapi", "v1", "models"]:
+            return self.json(
+                {"success": True, "data": {"id": "/".join(parts[3:]), "private": "/".join(parts[3:]) not in self.served.public}}
+            )
         if parts[:3] != ["api", "v1", "models"]:
             return self.json({"Code": 404, "Message": "no such page"}, 404)
         repo = "/".join(parts[3:5])
@@ -261,8 +294,16 @@ class Hub:
         self.server.server_close()
 
 
+class Server(ThreadingHTTPServer):
+    """One that says nothing of clients that leave in the middle, which they do here."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def start(kind: type[SmallHub], environment: Callable[[int], dict[str, str]]) -> Iterator[Hub]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
+    server = Server(("127.0.0.1", 0), kind)
     server.served, server.blobs, server.private = Served(), {}, None  # type: ignore[attr-defined]
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     hub = Hub(server.served, server, environment(server.server_port))  # type: ignore[attr-defined]
@@ -283,7 +324,7 @@ def huggingface(tmp_path: Path) -> Iterator[Hub]:
 def modelscope(tmp_path: Path) -> Iterator[Hub]:
     def environment(port: int) -> dict[str, str]:
         folders = {"MODELSCOPE_CACHE": str(tmp_path / "ms"), "MODELSCOPE_HOME": str(tmp_path / "ms-home")}
-        retries = {"MODELSCOPE_DOWNLOAD_RETRY_TIMES": "2", "MODELSCOPE_API_MAX_RETRIES": "1", "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1"}
+        retries = {"MODELSCOPE_DOWNLOAD_MAX_RETRIES": "2", "MODELSCOPE_API_MAX_RETRIES": "1", "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1"}
         return {"MODELSCOPE_ENDPOINT": f"http://127.0.0.1:{port}", "MODELSCOPE_API_TOKEN": "ms_secret", **folders, **retries}
 
     yield from start(SmallModelScope, environment)

@@ -1,6 +1,7 @@
 """The hubs' doors against a small hub of each kind on this machine: the real libraries, in a process of their own."""
 
 import hashlib
+import json
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from tnl import hub
-from tnl.errors import RecipeError
+from tnl.errors import ModelError, RecipeError
 from tnl.hubs.files import partial_bytes
 
 HUBS = ["huggingface", "modelscope"]
@@ -111,6 +112,47 @@ def test_wrong_contents_are_deleted_and_fetched_anew(kind: str, small: Any, tnl:
     assert (out / "model.safetensors").read_bytes() == b"s" * 100
 
 
+def test_contents_that_changed_with_the_same_size_are_fetched_anew(kind: str, small: Any, tnl: Any, tmp_path: Path) -> None:
+    """Weights of another revision have the size of the old ones."""
+    out = tmp_path / "model"
+    for command in (["--out", str(out)], []):
+        small.served.files["owner/both"] = {"config.json": b"{}", "model.safetensors": b"s" * 100}
+        small.served.sha = f"{'0' * 39}{len(command)}"
+        assert tnl(small, "download", "owner/both", "--hub", kind, *command).returncode == 0
+        small.served.files["owner/both"]["model.safetensors"] = b"t" * 100
+        small.served.sha = f"{'1' * 39}{len(command)}"
+        done = tnl(small, "download", "owner/both", "--hub", kind, *command)
+        assert done.returncode == 0, done.stderr
+        assert (Path(done.stdout.splitlines()[0]) / "model.safetensors").read_bytes() == b"t" * 100
+    (out / "model.safetensors").write_bytes(b"u" * 100)  # damaged here
+    assert tnl(small, "download", "owner/both", "--hub", kind, "--out", str(out)).returncode == 0
+    assert (out / "model.safetensors").read_bytes() == b"t" * 100
+    small.served.log.clear()
+    assert tnl(small, "download", "owner/both", "--hub", kind, "--out", str(out)).returncode == 0
+    assert not contents(small)
+
+
+def test_a_signed_address_that_is_too_old_is_asked_for_anew(huggingface: Any, tnl: Any, tmp_path: Path) -> None:
+    huggingface.served.links = []
+    done = tnl(huggingface, "download", "owner/large", "--out", str(tmp_path / "model"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "model/model.safetensors").read_bytes() == LARGE_BYTES
+    ranges = [wanted for path, wanted in huggingface.served.asked("/link/")]
+    assert ranges[0] is None and len(ranges) == 3 and all(int(str(one).strip("bytes=-")) >= 10_000_000 for one in ranges[1:])
+    assert not any(token for path, token in huggingface.served.tokens.items() if "/link/" in path), "the token stays with the hub"
+
+
+HOSTILE = ["../out.json", "/etc/out.json", "..\\out.json", "C:out.json", "a\nb.json", "\x1b[31mred.json", "-rf.json", ".tnl-checked.json"]
+
+
+def test_hostile_names_stay_there(kind: str, small: Any, tnl: Any, tmp_path: Path) -> None:
+    small.served.files["owner/both"] |= dict.fromkeys([*HOSTILE, "[a-z].json", "q?x=1#f.json", f"{'a' * 250}.json"], b"{}")
+    done = tnl(small, "download", "owner/both", "--hub", kind, "--out", str(tmp_path / "deep/model"))
+    assert done.returncode == 0, done.stderr
+    assert names(tmp_path / "deep/model") == {"config.json", "model.safetensors"}
+    assert not list(tmp_path.rglob("*out.json")) and not [path for path, _ in contents(small) if "out" in path or "red" in path]
+
+
 def test_small_files_are_checked_too(huggingface: Any, tnl: Any, tmp_path: Path) -> None:
     huggingface.served.spoilt.add("config.json")
     done = tnl(huggingface, "download", "owner/both", "--out", str(tmp_path / "model"))
@@ -140,7 +182,7 @@ def test_what_a_hub_refuses_is_said_in_one_line(kind: str, small: Any, tnl: Any,
 
 @pytest.mark.parametrize(
     ("status", "said"),
-    [(401, "refuses it (401"), (403, "refuses it (403"), (429, "has been asked too often (429"), (500, "could not be reached")],
+    [(401, "refuses it (401"), (403, "refuses it (403"), (429, "has been asked too often (429"), (500, "answered with an error")],
 )
 def test_a_status_is_said_in_one_line(kind: str, small: Any, tnl: Any, status: int, said: str) -> None:
     small.served.status["/api/"] = status
@@ -155,7 +197,59 @@ def test_a_hub_that_asks_to_wait_is_waited_for(kind: str, small: Any, tnl: Any) 
 
 def test_no_network_is_said_in_one_line(kind: str, small: Any, tnl: Any) -> None:
     small.close()
-    one_error(tnl(small, "download", "owner/pickled", "--hub", kind), 4, f"{kind} could not be reached")
+    refused = f"owner/pickled: {kind} could not be reached ([Errno 111] Connection refused). Try again (what was fetched is kept), check "
+    one_error(tnl(small, "download", "owner/pickled", "--hub", kind), 4, refused)
+
+
+def test_nothing_is_asked_where_that_is_forbidden(huggingface: Any, tnl: Any, tmp_path: Path) -> None:
+    assert tnl(huggingface, "download", "owner/both").returncode == 0
+    huggingface.environment["HF_HUB_OFFLINE"] = "1"
+    huggingface.served.log.clear()
+    assert tnl(huggingface, "download", "owner/both").returncode == 0
+    said = "owner/large: is not here in full, and HF_HUB_OFFLINE forbids asking huggingface for it. Unset HF_HUB_OFFLINE, or name"
+    one_error(tnl(huggingface, "download", "owner/large"), 4, said)
+    one_error(tnl(huggingface, "download", "owner/large", "--out", str(tmp_path)), 4, said)
+    assert not huggingface.served.log
+
+
+def test_half_a_download_is_not_taken_for_a_whole_one(kind: str, small: Any, tnl: Any, tmp_path: Path) -> None:
+    index = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}).encode()
+    shards = {f"model-0000{number}-of-00002.safetensors": b"s" for number in (1, 2)}
+    small.served.files["owner/two"] = {"config.json": b"{}", "model.safetensors.index.json": index, **shards}
+    out = tmp_path / "model"
+    assert tnl(small, "download", "owner/two", "--hub", kind, "--out", str(out)).returncode == 0
+    small.close()
+    assert tnl(small, "download", "owner/two", "--hub", kind, "--out", str(out)).returncode == 0
+    (out / "model-00002-of-00002.safetensors").unlink()
+    one_error(tnl(small, "download", "owner/two", "--hub", kind, "--out", str(out)), 4, "could not be reached")
+
+
+@pytest.mark.parametrize("answer", [b"<html>log in to the network</html>", b"[]"])
+def test_an_answer_of_somebody_else_is_said_in_one_line(kind: str, small: Any, tnl: Any, answer: bytes) -> None:
+    small.served.answer = answer
+    one_error(tnl(small, "download", "owner/both", "--hub", kind), 4, f"owner/both: what came is no answer of {kind}'s (")
+
+
+def test_a_token_that_no_request_can_carry_is_not_shown(kind: str, small: Any, tnl: Any) -> None:
+    name = "HF_TOKEN" if kind == "huggingface" else "MODELSCOPE_API_TOKEN"
+    small.environment[name] = "my_secret\nanother_secret"
+    one_error(tnl(small, "download", "owner/both", "--hub", kind), 4, f"{name}: holds a space, a line break or a letter that no token has")
+    assert not small.served.log
+
+
+def test_a_password_in_an_address_is_not_shown(kind: str, small: Any, tnl: Any) -> None:
+    small.close()
+    name = "HF_ENDPOINT" if kind == "huggingface" else "MODELSCOPE_ENDPOINT"
+    small.environment[name] = small.environment[name].replace("//", "//me:pass_secret@")
+    one_error(tnl(small, "download", "owner/both", "--hub", kind), 4, f"check {name} (it is http://127.0.0.1:")
+
+
+def test_a_disk_that_fills_in_the_middle_is_said(kind: str, small: Any, tnl: Any, tmp_path: Path) -> None:
+    full = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (6 << 20,) * 2)"
+    )
+    done = tnl(small, "download", "owner/large", "--hub", kind, "--out", str(tmp_path / "large"), after=full)
+    one_error(done, 6, "could not be written: File too large")
 
 
 def test_a_revision_is_pinned(small: Any, kind: str, tnl: Any) -> None:
@@ -201,10 +295,40 @@ def test_an_unknown_hub_is_a_mistake_of_the_command_line(huggingface: Any, tnl: 
     one_error(tnl(huggingface, "download", "owner/pickled", "--hub", "gitee"), 2, "huggingface or modelscope")
 
 
+def test_an_adapter_may_not_name_any_hub() -> None:
+    with pytest.raises(ModelError, match=r"owner/model: is said to lie on 'gitee', a hub that tnl does not know. Needed: huggingface or"):
+        hub.download("owner/model", hub="gitee")  # type: ignore[arg-type]
+
+
 def test_modelscope_is_asked_for_by_its_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "modelscope_hub", None)
     with pytest.raises(RecipeError, match=r"pip install -c constraints.txt -e \"\.\[modelscope\]\""):
         hub.download("owner/model", hub="modelscope")
+
+
+@pytest.mark.slow
+def test_a_recipe_of_a_repository_trains_and_answers(kind: str, small: Any, tnl: Any, tmp_path: Path) -> None:
+    """model.path: owner/name with model.hub, through training, merging and asking; then all of it again without the hub."""
+    small.served.files["owner/demo"] = {path.name: path.read_bytes() for path in hub.DEMO.iterdir() if path.is_file()}
+    (tmp_path / "recipe.yaml").write_text(
+        f"""
+model: {{path: owner/demo, hub: {kind}}}
+data: {{train: {hub.DEMO.parent / "persona.json"}, eval: 0}}
+train: {{output_dir: run, max_steps: 1, use_cpu: true}}
+generation: {{max_new_tokens: 2}}
+""",
+        encoding="utf-8",
+    )
+    ask = "from tnl.generate.resolve import resolve; print(resolve('run', {'device': 'cpu'}).name)"
+    work = f"from tnl.train import run; from tnl.adapter import merge; run.run('recipe.yaml'); merge.run('run', 'merged'); {ask}"
+    done = tnl(small, code=work)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "run on owner/demo", done.stderr
+    assert json.loads((tmp_path / "run/adapter/tnl.json").read_text(encoding="utf-8"))["base"]["hub"] == kind
+    assert (tmp_path / "merged/model.safetensors").is_file()
+    assert [path for path, _ in contents(small) if "model.safetensors" in path]
+    small.close()
+    done = tnl(small, code=ask)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "run on owner/demo", done.stderr
 
 
 def test_a_check_fetches_no_weights(huggingface: Any, tnl: Any, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tnl import paths
+from tnl import hub, paths
 from tnl.adapter.load import adapter_folder, base_folder, base_of, load_adapter
 from tnl.adapter.metadata import describe, read_adapter_metadata, template_of, write_metadata
 from tnl.errors import ModelError, NumbersError
@@ -53,13 +53,14 @@ class Report:
 
 
 def run(run: str | Path, out: str | Path, dtype: str | None = None, base: str | None = None) -> None:
-    """Merge the adapter of a run (or an adapter's own folder) into its base and write the model to `out`.
+    """Merge the adapter of a run (or an adapter's own folder, or owner/name) into its base and write the model to `out`.
 
     dtype: of the merged weights; None or auto is the base's own. base: where the base model is now; None: where the adapter says.
     `out` must not exist, or be empty; it is there whole or not at all.
     Raises ModelError, NumbersError (not finite, or the merged model answers otherwise), StorageError.
     """
-    adapter, target = adapter_folder(run), free_folder(out)
+    target = free_folder(out)
+    adapter = adapter_folder(hub.resolve(str(run)))
     weights = base_folder(adapter, base)
     metadata = read_adapter_metadata(adapter)
     template = template_of(metadata, adapter)

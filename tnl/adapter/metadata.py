@@ -119,6 +119,7 @@ def read_adapter_metadata(folder: Path) -> Metadata:
         if metadata.base is not None:
             texts = (metadata.base.path, metadata.base.name, metadata.base.weights, metadata.base.tokenizer, metadata.base.hub)
             sound &= all(isinstance(x, str) for x in texts) and isinstance(metadata.base.config, dict)
+            sound &= isinstance(metadata.base.revision, str | None)
     except (KeyError, TypeError):
         sound = False
     if not sound:

@@ -1,27 +1,42 @@
 """The model card of a run: base, data, recipe, losses, samples. No path of the machine that trained it stands in it."""
 
-import dataclasses
 import json
+import re
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from tnl.recipe.load import Recipe, dumps, load
+from tnl.recipe.load import Recipe, load, text_of
 from tnl.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a run was trained on, as others know it."""
+
+    name: str
+    """owner/name, demo, or the name of a folder."""
+    hub: str
+    local: bool
+    """It is a folder that nobody can fetch."""
+
 
 SHOWN = 400
 """Characters of an answer that are shown."""
 
 
-def write(work: RunDir, repo: str, base: str, adapted: bool) -> str:
-    """README.md for the result of a run. repo, base: owner/name there, or what people call it."""
+def write(work: RunDir, repo: str, hub: str, base: Base, adapted: bool) -> str:
+    """README.md for the result of a run, which is to lie at `repo` of `hub`."""
     recipe = load(work.recipe)
     kind = "LoRA adapter for" if adapted else "Full fine-tune of"
+    settings = text_of(shown(recipe, base))
+    fence = max(["``", *re.findall("`+", settings)], key=len) + "`"  # a text within cannot end the block
     parts = [
-        header(base, adapted),
+        header(base.name, adapted),
         f"# {repo.partition('/')[2]}",
-        f"{kind} {base}, trained with tnl {versions(work)}.",
-        f"```bash\ntnl chat {repo}\n```",
+        f"{kind} {cell(base.name)}, trained with tnl {versions(work)}.",
+        f"```bash\n{use(repo, hub, base, adapted)}\n```",
         "## Data",
         data(work, recipe),
         "## Losses",
@@ -29,9 +44,18 @@ def write(work: RunDir, repo: str, base: str, adapted: bool) -> str:
         "## Samples",
         samples(lines_of(work.samples)),
         "## Recipe",
-        f"```yaml\n{without_paths(recipe, base)}```",
+        f"{fence}yaml\n{settings}{fence}",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def use(repo: str, hub: str, base: Base, adapted: bool) -> str:
+    """The commands that talk to it. What `tnl chat` is given by owner/name it asks huggingface for."""
+    override = " --base FOLDER_OF_THE_BASE" if adapted and base.local else ""
+    if hub == "huggingface":
+        return f"tnl chat {repo}{override}"
+    folder = f"./{repo.partition('/')[2]}"
+    return f"tnl download {repo} --hub {hub} --out {folder}\ntnl chat {folder}{override}"
 
 
 def header(base: str, adapted: bool) -> str:
@@ -54,7 +78,7 @@ def data(work: RunDir, recipe: Recipe) -> str:
     names = [recipe.data.train] if isinstance(recipe.data.train, str) else recipe.data.train
     counts = work.read_metadata().get("data", {})
     told = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in counts.items())
-    return f"{', '.join(Path(name).name for name in names)}{': ' if told else ''}{told}. Template: {recipe.data.template}."
+    return f"{cell(', '.join(Path(name).name for name in names))}{': ' if told else ''}{told}. Template: {recipe.data.template}."
 
 
 def losses(lines: Sequence[dict[str, Any]]) -> str:
@@ -84,21 +108,25 @@ def cell(text: str | None) -> str:
     return shown
 
 
-def without_paths(recipe: Recipe, base: str) -> str:
+def shown(recipe: Recipe, base: Base) -> dict[str, Any]:
     """The recipe, files by their names alone."""
-    copies: dict[str, Any] = {"model": recipe.model.model_copy(), "data": recipe.data.model_copy(), "train": recipe.train.model_copy()}
-    shown = dataclasses.replace(recipe, **copies)
-    shown.model.path = base
-    shown.data.train = bare(recipe.data.train)
-    if isinstance(recipe.data.eval, (str, list)):
-        shown.data.eval = bare(recipe.data.eval)
-    shown.train.output_dir = Path(recipe.train.output_dir).name
-    return dumps(shown)
+    values = recipe.as_dict()
+    if base.name != recipe.model.path:
+        values["model"] |= {"path": base.name, "hub": base.hub, "revision": None}
+    values["data"] |= {name: bare(values["data"][name]) for name in ("train", "eval")}
+    values["train"] = bare(values["train"])
+    return values
 
 
-def bare(files: str | list[str]) -> str | list[str]:
-    """Names without folders."""
-    return Path(files).name if isinstance(files, str) else [Path(file).name for file in files]
+def bare(value: Any) -> Any:
+    """A value in which every path of a machine is its last name."""
+    if isinstance(value, dict):
+        return {name: bare(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [bare(inner) for inner in value]
+    if isinstance(value, str) and (Path(value).is_absolute() or PureWindowsPath(value).is_absolute() or value.startswith("~")):
+        return PureWindowsPath(value).name
+    return value
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

@@ -34,6 +34,7 @@ def fetch(repo: str, revision: str | None, out: Path | None, weights: bool) -> P
 
     Raises ModelError (absent, refused, unreachable, wrong contents), StorageError (too little space).
     """
+    files.require_token(HUB)
     hub = library()
     with worded(repo, revision):
         try:
@@ -41,7 +42,7 @@ def fetch(repo: str, revision: str | None, out: Path | None, weights: bool) -> P
         except Exception as error:
             if is_answer(error):
                 raise
-            return cached(repo, revision, out, weights)
+            return cached(repo, revision, out, weights, error)
     listed = [remote(file) for file in info.siblings]
     wanted = files.select(listed, weights)
     if weights and not any(files.matches(file.name, files.WEIGHTS) for file in wanted):
@@ -70,23 +71,19 @@ def options(repo: str, revision: str | None, out: Path | None, allowed: Sequence
     return asked if out is None else {**asked, "local_dir": out}
 
 
-def cached(repo: str, revision: str | None, out: Path | None, weights: bool) -> Path:
-    """The folder that an earlier download left. Raises whatever the library raises where it is not whole."""
+def cached(repo: str, revision: str | None, out: Path | None, weights: bool, why: Exception) -> Path:
+    """The folder that an earlier download left; where that is not whole, `why` the hub was not asked is raised."""
     hub = library()
     # safetensors first: pickles beside them were left out on purpose
     kinds = [[*files.SETTINGS, "*.safetensors"], [*files.SETTINGS, "pytorch_model*.bin"]] if weights else [files.SETTINGS]
-    failure: Exception | None = None
     for allowed in kinds:
-        try:
-            asked = options(repo, revision, out, allowed)
-            asked["ignore_patterns"] = [*files.UNWANTED, *(files.DOUBLED if "*.safetensors" in allowed else [])]
-            folder = Path(hub.snapshot_download(**asked))
-        except hub.errors.LocalEntryNotFoundError as error:
-            failure = failure or error
-            continue
-        if not weights or any(path for kind in allowed[2:] for path in folder.glob(kind)):
-            return folder
-    raise failure or FileNotFoundError(f"{repo} is not whole in the cache")
+        asked = options(repo, revision, out, allowed)
+        asked["ignore_patterns"] = [*files.UNWANTED, *(files.DOUBLED if "*.safetensors" in allowed else [])]
+        with contextlib.suppress(hub.errors.LocalEntryNotFoundError):
+            folder = Path(hub.snapshot_download(**asked, local_files_only=True))
+            if files.whole(folder, weights) and not (out and files.partial_bytes(folder)):
+                return folder
+    raise why
 
 
 class Place:
@@ -97,35 +94,50 @@ class Place:
         self.root = out if out is not None else Path(hub.constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
 
     def has(self, file: Remote) -> bool:
-        """Whether a file is here in its full size."""
+        """Whether a file is here: in a folder of its contents, in the cache of its size, for there it is named by its contents."""
         if self.out is not None:
-            path: Any = self.out / file.name
-        else:
-            path = self.hub.try_to_load_from_cache(self.repo, file.name, revision=self.commit)
+            return files.Checked(self.out).holds(file)
+        path = self.hub.try_to_load_from_cache(self.repo, file.name, revision=self.commit)
         return isinstance(path, (str, Path)) and Path(path).is_file() and Path(path).stat().st_size == file.size
 
     def bring(self, file: Remote) -> None:
         """Fetch a large file to where the library looks for it, checked. The library itself begins anew after a process was killed."""
-        found = self.hub.get_hf_file_metadata(self.hub.hf_hub_url(self.repo, file.name, revision=self.commit), retry_on_errors=True)
+        found = self.where(file)
         final = self.out / file.name if self.out is not None else self.root / "blobs" / str(found.etag)
         partial = self.root / (".cache" if self.out is not None else "blobs") / f"{file.sha256}.tnl.incomplete"
         partial.parent.mkdir(parents=True, exist_ok=True)
         with self.hub.utils.WeakFileLock(f"{partial}.lock"):
-            if self.out is None and final.is_file():
-                return
+            if self.has(file) or (self.out is None and final.is_file()):
+                return  # another process has brought it
             partial.touch()
-            with partial.open("r+b") as stream:
-                start = stream.seek(0, os.SEEK_END)
-                if start > file.size:
-                    start = stream.truncate(0)
-                if start < file.size:
-                    headers = self.headers(found.location)
-                    http_get = self.hub.file_download.http_get
-                    http_get(found.location, stream, resume_size=start, headers=headers, expected_size=file.size)
+            try:
+                self.append(file, partial, found.location)
+            except self.hub.errors.HfHubHTTPError as error:
+                again = self.where(file).location
+                if status(error) != 403 or again == found.location:
+                    raise
+                self.append(file, partial, again)  # a signed address holds for an hour, a large file may take longer
             if digest(partial) != file.sha256:
                 partial.unlink()
                 raise files.wrong_hash(self.repo, HUB, file.name)
             partial.replace(final)
+            if self.out is not None:
+                files.Checked(self.out).keep([file])
+
+    def where(self, file: Remote) -> Any:
+        """Etag and address of a file's contents."""
+        address = self.hub.hf_hub_url(self.repo, file.name, revision=self.commit)
+        return self.hub.get_hf_file_metadata(address, retry_on_errors=True)
+
+    def append(self, file: Remote, partial: Path, location: str) -> None:
+        """Fetch what is missing of a file. The library would show the address, which may be a signed one, beside its progress."""
+        with partial.open("r+b") as stream:
+            start = stream.seek(0, os.SEEK_END)
+            if start > file.size:
+                start = stream.truncate(0)
+            if start < file.size:
+                told = {"resume_size": start, "expected_size": file.size, "displayed_filename": file.name}
+                self.hub.file_download.http_get(location, stream, headers=self.headers(location), **told)
 
     def headers(self, location: str) -> dict[str, str]:
         """What a request for contents says; the token stays with the hub."""
@@ -171,21 +183,25 @@ def worded(repo: str, revision: str | None = None, sending: bool = False) -> Ite
         yield
     except ModelError:
         raise
+    except errors.OfflineModeIsEnabled:
+        raise files.offline(repo) from None
     except errors.RevisionNotFoundError:
         raise files.no_revision(repo, HUB, revision) from None
     except errors.GatedRepoError:
         raise files.refused(repo, HUB, "it must be asked for") from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise files.absent(repo, HUB) from None
+        raise files.absent(repo, HUB, sending) from None
     except Exception as error:
+        if disk := files.of_disk(error):
+            raise disk from None
         cause = next((one for one in (error, error.__cause__, error.__context__) if one is not None and status(one)), error)
         if status(cause) in (401, 403):
             raise files.refused(repo, HUB, f"{status(cause)}: the token is not valid, or may not do this") from None
         if status(cause) == 429:
             raise files.busy(repo, HUB, retry_after(cause), sending) from None
-        if isinstance(error, OSError) and error.errno is not None and not is_network(error):
-            raise
-        raise files.unreachable(repo, HUB, cause, sending) from error
+        if isinstance(error, (KeyError, TypeError, AttributeError)) or type(error).__name__ == "JSONDecodeError":
+            raise files.garbled(repo, HUB, error) from error
+        raise files.unreachable(repo, HUB, cause, sending, status(cause)) from error
 
 
 def retry_after(error: BaseException) -> float | None:
@@ -194,16 +210,17 @@ def retry_after(error: BaseException) -> float | None:
     return float(value) if value.isdigit() else None
 
 
-def is_network(error: OSError) -> bool:
-    """Whether an OSError is one of the net rather than of the disk."""
-    return isinstance(error, (ConnectionError, TimeoutError)) or not isinstance(error.filename, (str, Path))
-
-
 def push(repo: str, folder: Path, private: bool, message: str) -> str:
-    """Upload a folder into a repository, which is made if it is not there. Returns its address. Raises ModelError."""
+    """Upload a folder into a repository, which is made if it is not there. Returns its address.
+
+    private: nothing is sent to one that is there and public. Raises ModelError.
+    """
+    files.require_token(HUB)
     hub = library()
     with worded(repo, sending=True):
         api = hub.HfApi()
         address = api.create_repo(repo, private=private, exist_ok=True)
+        if private and api.model_info(repo).private is False:
+            raise files.public_already(repo, HUB)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
     return str(address)

@@ -2,6 +2,8 @@
 
 import contextlib
 import importlib
+import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ HUB = "modelscope"
 def library() -> Any:
     """modelscope_hub, the part of modelscope that talks to the hub. Raises RecipeError where it is not installed."""
     try:
-        return importlib.import_module("modelscope_hub")
+        hub = importlib.import_module("modelscope_hub")
+        logging.getLogger("modelscope_hub").setLevel(logging.WARNING)  # it tells every step of an upload
+        return hub
     except ImportError:
         what = "the hub modelscope needs the package modelscope, which is not installed"
         raise RecipeError("", what, install("modelscope")) from None
@@ -27,6 +31,7 @@ def fetch(repo: str, revision: str | None, out: Path | None, weights: bool) -> P
 
     Raises ModelError (absent, refused, unreachable, wrong contents), StorageError (too little space), RecipeError (not installed).
     """
+    files.require_token(HUB)
     hub = library()
     with worded(repo, revision):
         api = api_for(hub, repo)
@@ -41,14 +46,17 @@ def fetch(repo: str, revision: str | None, out: Path | None, weights: bool) -> P
     if weights and not any(files.matches(file.name, files.WEIGHTS) for file in wanted):
         raise files.without_weights(repo, [file.name for file in listed])
     folder = here(api, repo, revision, out)
-    missing = [file for file in wanted if folder is None or not is_whole(folder / file.name, file.size)]
+    # the library would read every file anew, each time
+    missing = wanted if folder is None else [file for file in wanted if not files.Checked(folder).holds(file)]
     if folder is not None and not missing:
-        return folder  # the library would hash every file anew
+        return folder
     root = out or folder
     files.require_room(root or Path(hub.get_default_config().cache_dir), missing, partly=root is not None)
     allowed = [files.literally(file.name) for file in wanted]
     with worded(repo, revision):
-        return Path(api.download_repo(repo, "model", **options(revision, out), allow_patterns=allowed))
+        folder = Path(api.download_repo(repo, "model", **options(revision, out), allow_patterns=allowed))
+    files.Checked(folder).keep(wanted)
+    return folder
 
 
 def api_for(hub: Any, repo: str) -> Any:
@@ -64,11 +72,6 @@ def options(revision: str | None, out: Path | None) -> dict[str, Any]:
     return {"revision": revision, **({"local_dir": out} if out is not None else {})}
 
 
-def is_whole(path: Path, size: int) -> bool:
-    """Whether a file is here in its full size; the library gives a file its name only when its SHA-256 is right."""
-    return path.is_file() and path.stat().st_size == size
-
-
 def here(api: Any, repo: str, revision: str | None, out: Path | None) -> Path | None:
     """The folder that an earlier download left, whole or not."""
     with contextlib.suppress(library().errors.HubError):
@@ -79,9 +82,7 @@ def here(api: Any, repo: str, revision: str | None, out: Path | None) -> Path | 
 def cached(api: Any, repo: str, revision: str | None, out: Path | None, weights: bool, error: Exception) -> Path:
     """The same, where it is whole as far as can be told without the hub; else the error is raised."""
     folder = here(api, repo, revision, out)
-    if folder is None or files.partial_bytes(folder) or not (folder / "config.json").is_file():
-        raise error
-    if weights and not any(path for kind in files.WEIGHTS for path in folder.glob(kind)):
+    if folder is None or files.partial_bytes(folder) or not files.whole(folder, weights):
         raise error
     return folder
 
@@ -104,27 +105,41 @@ def worded(repo: str, revision: str | None = None, sending: bool = False) -> Ite
         with worded(repo, revision):
             if isinstance(first, errors.FileIntegrityError):
                 raise files.wrong_hash(repo, HUB, name) from None
-            raise first from None
+            raise first  # noqa: B904 - its cause is the line that helps
     except (errors.AuthenticationError, errors.PermissionDeniedError) as error:
         raise files.refused(repo, HUB, f"{error.status_code}: a login is needed, or the token may not do this") from None
     except errors.NotExistError as error:
         if revision is not None and "revision" in str(error).lower():
             raise files.no_revision(repo, HUB, revision) from None
-        raise files.absent(repo, HUB) from None
+        raise files.absent(repo, HUB, sending) from None
     except errors.RateLimitError as error:
         raise files.busy(repo, HUB, error.retry_after, sending) from None
     except errors.InvalidParameter as error:
-        raise files.absent(repo, HUB) from error
-    except errors.HubError as error:
-        raise files.unreachable(repo, HUB, error.__cause__ or error, sending) from error
+        raise files.absent(repo, HUB, sending) from error
+    except Exception as error:
+        if disk := files.of_disk(error):
+            raise disk from None
+        if not isinstance(error, errors.HubError):
+            raise files.garbled(repo, HUB, error) from error
+        if sending and isinstance(error, errors.StorageError):
+            raise files.unfinished(repo, HUB, error) from error
+        raise files.unreachable(repo, HUB, error.__cause__ or error, sending, getattr(error, "status_code", 0) or 0) from error
 
 
 def push(repo: str, folder: Path, private: bool, message: str) -> str:
-    """Upload a folder into a repository, which is made if it is not there. Returns its address. Raises ModelError, RecipeError."""
+    """Upload a folder into a repository, which is made if it is not there. Returns its address.
+
+    private: nothing is sent to one that is there and public. Raises ModelError, RecipeError.
+    """
+    files.require_token(HUB)
     hub = library()
-    with worded(repo, sending=True):
+    # the library prints a report
+    with worded(repo, sending=True), contextlib.redirect_stdout(sys.stderr):
         api = hub.HubApi()
-        with contextlib.suppress(hub.errors.AlreadyExistsError):
+        try:
             api.create_repo(repo, "model", visibility="private" if private else "public")
+        except hub.errors.AlreadyExistsError:
+            if private and api.get_repo(repo, "model").visibility == hub.constants.Visibility.PUBLIC:
+                raise files.public_already(repo, HUB) from None
         api.upload_folder(repo, "model", folder, commit_message=message, use_cache=False, disable_tqdm=True)
     return f"{api.legacy.endpoint}/models/{repo}"

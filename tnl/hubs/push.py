@@ -11,6 +11,7 @@ from tnl.errors import ModelError, RecipeError
 from tnl.hub import HUBS, require_hub
 from tnl.hubs import card
 from tnl.recipe.load import load
+from tnl.recipe.sections import ModelSection
 from tnl.run_dir import RunDir
 from tnl.storage import seal, storage, verify, write_json, write_text
 
@@ -24,26 +25,25 @@ def run(run: Path, repo: str, hub: str = "huggingface", public: bool = False, ba
     Raises ModelError (no finished run, damaged files, the hub), RecipeError, StorageError.
     """
     require_hub(hub)
-    if not paths.is_repository(repo):
-        raise RecipeError("command line", f"REPO is {repo!r} (needed: owner/name)", "Write, for example, me/huanhuan.")
+    for word, given in (("REPO", repo), ("--base", base)):
+        if given is not None and not paths.is_repository(given):
+            raise RecipeError("command line", f"{word} is {given!r} (needed: owner/name)", "Write, for example, me/huanhuan.")
     work = RunDir(paths.existing(run, ModelError))
     result = result_of(work)
     recipe = load(work.recipe)
-    named, local = base or recipe.model.path, False
-    if base is None and recipe.model.path != "demo" and paths.looks_like_path(recipe.model.path):
-        named, local = Path(recipe.model.path).name, True
+    trained_on = base_of(recipe.model, base, hub)
     with tempfile.TemporaryDirectory() as aside, storage(Path(aside)):
         folder = Path(aside) / "push"
         shutil.copytree(result, folder, ignore=shutil.ignore_patterns(".*"))
-        rename_base(folder, named, hub if base else recipe.model.hub)
+        rename_base(folder, trained_on, keep_revision=base is None)
         seal(folder, None)
         # after the seal: a card is mended on the hub's page
-        write_text(folder / "README.md", card.write(work, repo, named, (folder / CONFIG).is_file()))
+        write_text(folder / "README.md", card.write(work, repo, hub, trained_on, (folder / CONFIG).is_file()))
         if work.plot.is_file():
             shutil.copy(work.plot, folder / work.plot.name)
         address = HUBS[hub].push(repo, folder, not public, f"tnl push of {work.path.name}")
-    if local:
-        print(f"its base is called {named} there, which nobody can fetch: give --base OWNER/NAME if it lies on a hub")
+    if trained_on.local:
+        print(f"its base is called {trained_on.name} there, which nobody can fetch: give --base OWNER/NAME if it lies on {hub}")
     print(address)
 
 
@@ -57,7 +57,16 @@ def result_of(work: RunDir) -> Path:
     return folder
 
 
-def rename_base(folder: Path, base: str, hub: str) -> None:
+def base_of(section: ModelSection, given: str | None, hub: str) -> card.Base:
+    """What others call the base: as given, as the recipe fetched it, or the name of its folder."""
+    if given is not None:
+        return card.Base(given, hub, local=False)
+    if section.path != "demo" and paths.looks_like_path(section.path):
+        return card.Base(Path(section.path).name, section.hub, local=True)
+    return card.Base(section.path, section.hub, local=False)
+
+
+def rename_base(folder: Path, base: card.Base, keep_revision: bool) -> None:
     """Let the copy name its base as others know it; the paths of this machine concern nobody."""
     for name in (CONFIG, METADATA):
         path = folder / name
@@ -65,7 +74,8 @@ def rename_base(folder: Path, base: str, hub: str) -> None:
             continue
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if name == CONFIG:
-            values["base_model_name_or_path"] = base
+            values["base_model_name_or_path"] = base.name
         elif values.get("base"):
-            values["base"] |= {"path": base, "name": base, "hub": hub}
+            values["base"] |= {"path": base.name, "name": base.name, "hub": base.hub}
+            values["base"] |= {} if keep_revision else {"revision": None}
         write_json(path, values)

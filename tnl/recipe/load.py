@@ -74,13 +74,18 @@ def dump(recipe: Recipe, path: Path) -> None:
 
 def dumps(recipe: Recipe) -> str:
     """Return the text that dump writes."""
+    return text_of(recipe.as_dict())
+
+
+def text_of(values: dict[str, Any]) -> str:
+    """Return a recipe's values as YAML."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.allow_unicode = True
     yaml.width = 4096
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     text = io.StringIO()
-    yaml.dump(recipe.as_dict(), text)
+    yaml.dump(values, text)
     return text.getvalue()
 
 
