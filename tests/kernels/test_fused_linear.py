@@ -130,8 +130,9 @@ def test_options_outside_the_fast_path_run_as_peft_does() -> None:
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_the_inputs_of_products_are_not_kept(again: bool) -> None:
-    """Per layer: the residual stream twice, qkvu, the attention output, and thin things; the GLU's halves unless they are made again."""
+@pytest.mark.parametrize("number", [0, 1], ids=["LRPE", "no LRPE"])
+def test_the_inputs_of_products_are_not_kept(number: int, again: bool) -> None:
+    """Per layer: the residual stream twice, qkvu, the attention output, thin things, and the GLU's halves unless they are made again."""
     saved: dict[int, int] = {}
 
     def keep(x: torch.Tensor) -> torch.Tensor:
@@ -143,7 +144,7 @@ def test_the_inputs_of_products_are_not_kept(again: bool) -> None:
     model.base_model.model.model.pick_kernels("triton")
     assert isinstance(model.base_model.model.model.ops, dispatch.Ops)
     frozen = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    layer, T = model.base_model.model.model.layers[1], 21
+    layer, T = model.base_model.model.model.layers[number], 21
     x = torch.randn(1, T, 32, device=DEVICE, requires_grad=True)
     rows, layer.glu_again = dispatch_rows(T), again
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda y: y):

@@ -21,16 +21,15 @@ def test_the_fused_step_is_the_reference(N: int, H: int, V: int, lrpe: bool, dty
     K = 2 * V if lrpe else V
     qkvu = torch.randn(N, 4 * H * V + 8, device=DEVICE).to(dtype)[:, : 4 * H * V]
     g, state = -torch.rand(H, device=DEVICE), torch.randn(N, H, K, V, device=DEVICE)
-    angle = torch.rand(N, 1, H, V, device=DEVICE) * 7
-    rotary = (angle.cos(), angle.sin()) if lrpe else None
-    wide = None if rotary is None else (angle.double().cos(), angle.double().sin())
+    turns = reference.Rotary(torch.rand(H, 1, V, device=DEVICE), torch.arange(N, device=DEVICE)[:, None]) if lrpe else None
+    rotary = turns and turns.angles(torch.float32)
     live = torch.ones(N, device=DEVICE)
     live[-1] = N == 1
     expected, after = reference.attention_norm_gate(
         qkvu.double()[:, None],
         norm=lambda x: x,
         activation="swish",
-        rotary=wide,
+        rotary=turns,
         log_decay=g.double(),
         segment_start=None,
         real=None,
@@ -62,8 +61,8 @@ def test_a_state_whose_writing_waits_is_the_reference(N: int, H: int, V: int, lr
     k, v = (torch.where(there, torch.randn(N, H, W, dim, device=DEVICE), torch.nan).to(dtype) for dim in (K, V))
     ours = Deferred(state.clone(), state.to(dtype), k, v, waiting)
     exact = Deferred(*(x.double() for x in ours[:4]), waiting)
-    angle = torch.rand(N, 1, H, V, device=DEVICE) * 7
-    rotary = (angle.cos(), angle.sin()) if lrpe else None
+    turns = reference.Rotary(torch.rand(H, 1, V, device=DEVICE), torch.arange(N, device=DEVICE)[:, None]) if lrpe else None
+    rotary = turns and turns.angles(torch.float32)
     live = torch.ones(N, device=DEVICE)
     live[-1] = 0
     before, on = Deferred(*(x.clone() for x in ours)), live.bool()
@@ -72,7 +71,7 @@ def test_a_state_whose_writing_waits_is_the_reference(N: int, H: int, V: int, lr
         qkvu.double()[:, None],
         norm=lambda x: x,
         activation="swish",
-        rotary=None if rotary is None else (rotary[0].double(), rotary[1].double()),
+        rotary=turns,
         log_decay=g.double(),
         segment_start=None,
         real=live[:, None],

@@ -126,3 +126,11 @@ def test_wrong_shapes_are_named() -> None:
             reference.chunk_lightning_attention(y["q"], y["k"], y["v"], y["log_decay"], initial_state=y["initial_state"])
     with pytest.raises(ValueError, match="one floating dtype"):
         reference.chunk_lightning_attention(x["q"], x["k"].float(), x["v"], x["log_decay"])
+
+
+@pytest.mark.parametrize("position", (0, 300, 1_000_000))
+def test_angles_are_exact_at_a_million_tokens(position: int) -> None:
+    theta = torch.rand(2, 1, 4)
+    cos, sin = reference.Rotary(theta, torch.tensor([[0, position]])).angles(torch.float32, slice(1, None))
+    exact = position * theta[:, 0].double()
+    assert torch.allclose(cos[0, 0].double(), exact.cos(), atol=1e-6) and torch.allclose(sin[0, 0].double(), exact.sin(), atol=1e-6)

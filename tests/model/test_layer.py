@@ -3,11 +3,6 @@
 import ast
 from pathlib import Path
 
-import pytest
-import torch
-
-from tnl.model.layer import rotary_angles
-
 PACKAGE = Path(__file__).parents[2] / "tnl"
 FIVE_OPS = {"norm_qkvu", "attention_norm_gate", "out_residual", "norm_glu", "l3_residual"}
 
@@ -33,11 +28,3 @@ def test_nobody_but_the_kernels_calls_an_attention_form() -> None:
     forms = {"recurrent_lightning_attention", "parallel_lightning_attention", "chunk_lightning_attention", "padded_final_state"}
     callers = {path.parent.name for path in PACKAGE.rglob("*.py") if calls(path) & forms}
     assert callers <= {"kernels"}
-
-
-@pytest.mark.parametrize("position", (0, 300, 1_000_000))
-def test_angles_are_exact_at_a_million_tokens(position: int) -> None:
-    theta = torch.rand(2, 1, 4)
-    cos, sin = rotary_angles(theta, torch.tensor([[position]]), torch.float32)
-    exact = position * theta[:, 0].double()
-    assert torch.allclose(cos[0, 0].double(), exact.cos(), atol=1e-6) and torch.allclose(sin[0, 0].double(), exact.sin(), atol=1e-6)

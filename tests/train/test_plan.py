@@ -62,9 +62,11 @@ def test_a_7b_on_24_gb(seven: plan.Plan) -> None:
     assert all(seven.total(tokens, "layer") / plan.GIB == pytest.approx(used, rel=0.06) for tokens, used in layer)
 
 
-def test_the_extrapolation_is_what_a_whole_trace_says() -> None:
-    config, section = TransnormerConfig(**SMALL), LoraSection(lora_dropout=0.1)
-    guess = make(SMALL, lora_dropout=0.1)
+@pytest.mark.parametrize("lrpe", [[], [1, 0, 0, 0]], ids=["no LRPE", "LRPE first"])
+def test_the_extrapolation_is_what_a_whole_trace_says(lrpe: list[int]) -> None:
+    sizes = SMALL | {"linear_use_lrpe_list": lrpe}
+    config, section = TransnormerConfig(**sizes), LoraSection(lora_dropout=0.1)
+    guess = make(sizes, lora_dropout=0.1)
     for level in LEVELS:
         with torch.device("meta"):
             model = plan.build(config, section, torch.bfloat16, "reference").train()

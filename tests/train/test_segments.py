@@ -52,7 +52,7 @@ def laid(room: float, longest: int, **train: Any) -> segments.Layout:
 def test_what_fits_whole_stays_whole() -> None:
     layout = laid(80, 8000)
     assert layout.segment_length is None and not layout.line and layout.choice.level == "none" and (layout.choice.budget or 0) >= 8192
-    for longest, level in ((30_000, "glu"), (100_000, "layer"), (250_000, "host")):
+    for longest, level in ((30_000, "glu"), (100_000, "layer"), (270_000, "host")):
         layout = laid(80, longest)
         assert layout.segment_length is None and layout.choice.level == level, "recomputing is tried first: it costs the same"
 

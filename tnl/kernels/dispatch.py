@@ -26,7 +26,7 @@ class AttentionNormGate(Protocol):
         *,
         norm: reference.Projection,
         activation: str,
-        rotary: tuple[Tensor, Tensor] | None,
+        rotary: reference.Rotary | None,
         log_decay: Tensor,
         segment_start: Tensor | None,
         real: Tensor | None,

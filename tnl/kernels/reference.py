@@ -218,11 +218,25 @@ def simple_rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     return (xc * torch.rsqrt(xc.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def linear_relative_position(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """LRPE (arXiv:2307.14995, sec. 3.1): [B, T, H, K] to [x cos, x sin], [B, T, H, 2K]; rotary: cos and sin, [B, T, H, K]."""
-    cos, sin = rotary
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.cat([x.to(dtype) * cos, x.to(dtype) * sin], -1).to(x.dtype)
+class Rotary(NamedTuple):
+    """What LRPE turns a layer's q and k by: the angles position x theta, which are wide, and made where they are used."""
+
+    theta: Tensor  # [H, 1, K]
+    positions: Tensor  # [B, T] integer: a token's index in its sequence
+
+    def angles(self, dtype: torch.dtype, tokens: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """cos and sin of some tokens' angles, [B, T, H, K], in `dtype` or float32, whichever is wider: the angle itself in float64, since
+        float32 is off by 0.06 at a million tokens. Apple's MPS has no float64: there the angle is float32.
+        """
+        exact = torch.float32 if self.theta.device.type == "mps" else torch.float64
+        angle = self.positions[:, tokens, None, None].to(exact) * self.theta[:, 0].to(exact)
+        dtype = torch.promote_types(dtype, torch.float32)
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def linear_relative_position(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """LRPE (arXiv:2307.14995, sec. 3.1): [B, T, H, K] to [x cos, x sin], [B, T, H, 2K]; angles: cos and sin, [B, T, H, K]."""
+    return torch.cat([(x * factor).to(x.dtype) for factor in angles], -1)
 
 
 def norm_qkvu(x: Tensor, norm: Projection, qkvu_proj: Projection, draw: Draw | None = None) -> tuple[Tensor, Tensor]:
@@ -238,7 +252,7 @@ def attention_norm_gate(
     *,
     norm: Projection,  # over all E of a token
     activation: str,
-    rotary: tuple[Tensor, Tensor] | None,  # cos and sin [B, T, H, K] where LRPE is on
+    rotary: Rotary | None,  # where LRPE is on
     log_decay: Tensor,  # [H]
     segment_start: Tensor | None,  # [B, T]
     real: Tensor | None,  # [B, T] bool: False where a token is padding
@@ -253,7 +267,8 @@ def attention_norm_gate(
     if act := ACTIVATIONS.get(activation):
         q, k = act(q), act(k)
     if rotary is not None:
-        q, k = linear_relative_position(q, rotary), linear_relative_position(k, rotary)
+        angles = rotary.angles(q.dtype)
+        q, k = linear_relative_position(q, angles), linear_relative_position(k, angles)
     if isinstance(initial_state, Deferred):
         live = None if real is None else real[:, 0]
         o = deferred_lightning_attention(q[:, 0], k[:, 0], v[:, 0], log_decay, initial_state, live)

@@ -55,7 +55,7 @@ def attention_norm_gate(
     *,
     norm: Projection,
     activation: str,
-    rotary: tuple[Tensor, Tensor] | None,
+    rotary: reference.Rotary | None,
     log_decay: Tensor,
     segment_start: Tensor | None,
     real: Tensor | None,  # [B, 1]: 0 or False where a slot is to stay as it is
@@ -83,7 +83,10 @@ def attention_norm_gate(
         if isinstance(state, Tensor):
             state.copy_(torch.where(real.bool()[..., None, None], new, state))
         return mixed, state
-    flat = None if rotary is None else (rotary[0][:, 0], rotary[1][:, 0])
+    flat = None
+    if rotary is not None:
+        cos, sin = rotary.angles(qkvu.dtype)
+        flat = cos[:, 0], sin[:, 0]
     # float16 could not hold u * o before its norm
     owed = len(qkvu) <= MOST and qkvu.dtype != torch.float16
     values, sums = lightning_step_gate(qkvu[:, 0], state, log_decay, real[:, 0], flat, gate=owed)

@@ -3,6 +3,7 @@
 Between two operations travels what the next one makes its input of (`Mixed`, `Halves`), so that the input itself is kept nowhere.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from tnl.kernels.fused_linear import fused_linear
 from tnl.kernels.lightning_chunk import lightning_attention
 from tnl.kernels.lightning_step import lightning_step
 from tnl.kernels.lora import Draw, Lora, lora_of, project
-from tnl.kernels.reference import ACTIVATIONS, Pending, Projection, attend, linear_relative_position, padded_final_state
+from tnl.kernels.reference import ACTIVATIONS, Pending, Projection, Rotary, attend, linear_relative_position, padded_final_state
 from tnl.kernels.silu import silu, silu_backward
 from tnl.kernels.simple_rms_norm import norm_gate, simple_rms_norm
 
@@ -98,7 +99,7 @@ def attention_norm_gate(
     *,
     norm: Projection,
     activation: str,
-    rotary: tuple[Tensor, Tensor] | None,
+    rotary: Rotary | None,
     log_decay: Tensor,
     segment_start: Tensor | None,
     real: Tensor | None,
@@ -107,14 +108,15 @@ def attention_norm_gate(
     shared: int = 0,
     restart: bool = False,
 ) -> tuple[Tensor | Mixed, Tensor]:
-    """As `reference.attention_norm_gate`; q, k and v are read straight from qkvu where SiLU is all that is done to them.
+    """As `reference.attention_norm_gate`; where nothing but SiLU, and angles that are not trained, is done to q and k, qkvu alone is kept.
 
     restart: without gradients and of a batch of one, the initial state is where each sequence that begins in this call starts from.
     """
     eps = eps_of(norm)
-    fused = activation in SILU and rotary is None and real is None and lengths is None and eps is not None
+    frozen = rotary is None or not rotary.theta.requires_grad
+    fused = activation in SILU and frozen and real is None and lengths is None and eps is not None
     if fused and eps is not None and qkvu.shape[1] > 1 and not restart:
-        o, u, state = _Attention.apply(qkvu, log_decay, segment_start, initial_state, shared)
+        o, u, state = _Attention.apply(qkvu, log_decay, segment_start, initial_state, shared, rotary)
         return Mixed(o, u, eps), state
     heads = log_decay.shape[0]
     q, k, v, u = qkvu.chunk(4, -1)
@@ -124,7 +126,8 @@ def attention_norm_gate(
     if not inside and (act := ACTIVATIONS.get(activation)):
         q, k = act(q), act(k)
     if rotary is not None:
-        q, k = linear_relative_position(q, rotary), linear_relative_position(k, rotary)
+        angles = rotary.angles(q.dtype)
+        q, k = linear_relative_position(q, angles), linear_relative_position(k, angles)
     if real is not None:
         v = v * real[..., None, None]
     if step and initial_state is not None:
@@ -142,16 +145,22 @@ def attention_norm_gate(
 class _Attention(torch.autograd.Function):
     """Attention of SiLU(q), SiLU(k) and v as they lie in qkvu [B, T, 4E]: o [B, T, E], u as it is, and the final state.
 
-    SiLU is made by itself, forward and again backward: inside the sweeps every block of columns would make it anew. The gradient
-    of qkvu is written in place, into one tensor. Of a row whose first `shared` tokens are all its sequences' (`reference.attend`)
-    both parts read and write slices of the same tensors.
+    SiLU is made by itself, forward and again backward: inside the sweeps every block of columns would make it anew. So is LRPE, whose
+    q and k are twice as wide. The gradient of qkvu is written in place, into one tensor. Of a row whose first `shared` tokens are all
+    its sequences' (`reference.attend`) both parts read and write slices of the same tensors.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, qkvu: Tensor, log_decay: Tensor, segment_start: Tensor | None, initial_state: Tensor | None, shared: int
+        ctx: Any,
+        qkvu: Tensor,
+        log_decay: Tensor,
+        segment_start: Tensor | None,
+        initial_state: Tensor | None,
+        shared: int,
+        rotary: Rotary | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        parts = _activated(qkvu, len(log_decay))
+        parts = _activated(qkvu, len(log_decay), rotary)
         start, initial = (None if x is None else x.contiguous() for x in (segment_start, initial_state))
         o = torch.empty(parts[2].shape, dtype=qkvu.dtype, device=qkvu.device)
         before, restart = initial, None
@@ -163,43 +172,88 @@ class _Attention(torch.autograd.Function):
         lightning_chunk.check(*rest, start, before, restart)
         _, state = lightning_chunk.forward(*rest, start, before, restart, False, out=o[:, shared:])
         ctx.save_for_backward(qkvu, log_decay, start, initial, restart)
-        ctx.shared = shared
+        ctx.shared, ctx.rotary = shared, rotary
         ctx.set_materialize_grads(False)
         return o.flatten(2), qkvu[..., -o.shape[2] * o.shape[3] :], state
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, du: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        qkvu, log_decay, start, initial, restart = ctx.saved_tensors
-        heads, E, shared = len(log_decay), qkvu.shape[-1] // 4, ctx.shared
-        d_qkvu = torch.empty_like(qkvu, memory_format=torch.contiguous_format)
+        qkvu, *saved = ctx.saved_tensors
+        heads, E, rotary = len(saved[0]), qkvu.shape[-1] // 4, ctx.rotary
+        sweeps = partial(_sweeps, saved, ctx.shared, d_final)
         do = qkvu.new_zeros(*qkvu.shape[:2], E) if do is None else do
+        if rotary is None:
+            d_qkvu = torch.empty_like(qkvu, memory_format=torch.contiguous_format)
+            dq, dk, dv, _ = d_qkvu.unflatten(-1, (4, heads, -1)).unbind(2)
+            d_initial = sweeps(do, _activated(qkvu, heads, None), (dq, dk, dv))
+        else:
+            parts = _activated(qkvu, heads, rotary)
+            dv = torch.empty_like(parts[2], memory_format=torch.contiguous_format)
+            d_turned = dv.new_empty(*dv.shape[:2], 2, *parts[0].shape[2:])
+            dq, dk = d_turned.unbind(2)
+            d_initial = sweeps(do, parts, (dq, dk, dv))
+            del parts  # before there is another tensor of that width
+            d_qkvu = torch.empty_like(qkvu, memory_format=torch.contiguous_format)
+            d_qkvu[..., 2 * E : 3 * E] = dv.flatten(2)
+            _turn_back(d_turned, rotary, d_qkvu[..., : 2 * E].unflatten(-1, (2, heads, -1)))
         d_qkvu[..., 3 * E :] = 0 if du is None else du
-        d_o = do.unflatten(-1, (heads, -1))
-        dq, dk, dv, _ = d_qkvu.unflatten(-1, (4, heads, -1)).unbind(2)
-        parts = _activated(qkvu, heads)
-
-        def sweep(
-            of: slice, d_final: Tensor | None, start: Tensor | None, initial: Tensor | None, restart: Tensor | None
-        ) -> tuple[Tensor, Tensor | None]:
-            """Gradients of a part's q, k and v, where they belong, and of its initial and its restart state."""
-            args, out = (*_of(of, parts), log_decay, start, initial, restart), _of(of, (dq, dk, dv))
-            return lightning_chunk.backward(d_o[:, of], d_final, *args, False, out=out)[3:]
-
-        d_initial, d_restart = sweep(slice(shared, None), d_final, start, None if shared else initial, restart)
-        if d_restart is not None:
-            d_initial, _ = sweep(slice(shared), d_restart[None], None, initial, None)
         silu_backward(d_qkvu.flatten(0, 1)[:, : 2 * E], qkvu.flatten(0, 1)[:, : 2 * E])
-        return d_qkvu, None, None, d_initial if ctx.needs_input_grad[3] else None, None
+        return d_qkvu, None, None, d_initial if ctx.needs_input_grad[3] else None, None, None
 
 
-def _activated(qkvu: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """SiLU(q), SiLU(k) and v, each [B, T, H, E / H]."""
+Parts = tuple[Tensor, Tensor, Tensor]
+"""q, k and v."""
+
+
+def _sweeps(saved: list[Any], shared: int, d_final: Tensor | None, do: Tensor, parts: Parts, out: Parts) -> Tensor | None:
+    """The backward sweeps of _Attention: gradients of the activated q, k and v into `out`; returns that of the initial state."""
+    log_decay, start, initial, restart = saved
+    d_o = do.unflatten(-1, (len(log_decay), -1))
+
+    def sweep(
+        of: slice, d_final: Tensor | None, start: Tensor | None, initial: Tensor | None, restart: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of a part's q, k and v, where they belong, and of its initial and its restart state."""
+        args = (*_of(of, parts), log_decay, start, initial, restart)
+        return lightning_chunk.backward(d_o[:, of], d_final, *args, False, out=_of(of, out))[3:]
+
+    d_initial, d_restart = sweep(slice(shared, None), d_final, start, None if shared else initial, restart)
+    if d_restart is not None:
+        d_initial, _ = sweep(slice(shared), d_restart[None], None, initial, None)
+    return d_initial
+
+
+def _activated(qkvu: Tensor, heads: int, rotary: Rotary | None) -> Parts:
+    """SiLU(q), SiLU(k) and v, each [B, T, H, E / H]; with LRPE q and k are turned, twice as wide."""
     E = qkvu.shape[-1] // 4
-    q, k = silu(qkvu.flatten(0, 1)[:, : 2 * E]).view(*qkvu.shape[:2], 2, heads, -1).unbind(2)
+    qk = silu(qkvu.flatten(0, 1)[:, : 2 * E]).view(*qkvu.shape[:2], 2, heads, -1)
+    q, k = (qk if rotary is None else _turn(qk, rotary)).unbind(2)
     return q, k, qkvu[..., 2 * E : 3 * E].unflatten(-1, (heads, -1))
 
 
-def _of(tokens: slice, qkv: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _turn(x: Tensor, rotary: Rotary) -> Tensor:
+    """linear_relative_position of x [B, T, 2, H, K]: [B, T, 2, H, 2K]. Of a few tokens at once: angles are four times as wide as x."""
+    y = x.new_empty(*x.shape[:-1], 2 * x.shape[-1])
+    for tokens in _pieces(x.shape[1]):
+        for factor, half in zip(rotary.angles(x.dtype, tokens), y.chunk(2, -1)):
+            torch.mul(x[:, tokens], factor[:, :, None], out=half[:, tokens])
+    return y
+
+
+def _turn_back(dy: Tensor, rotary: Rotary, dx: Tensor) -> None:
+    """The gradient dx [B, T, 2, H, K] of what `_turn` takes, from that of what it gives."""
+    for tokens in _pieces(dx.shape[1]):
+        cos, sin = rotary.angles(dx.dtype, tokens)
+        one, two = dy[:, tokens].chunk(2, -1)
+        dx[:, tokens] = (one * cos[:, :, None]).addcmul_(two.to(sin.dtype), sin[:, :, None])
+
+
+def _pieces(T: int) -> list[slice]:
+    """A row's tokens in pieces of 1,024."""
+    return [slice(a, a + 1024) for a in range(0, T, 1024)]
+
+
+def _of(tokens: slice, qkv: Parts) -> Parts:
     """Some tokens of each."""
     q, k, v = qkv
     return q[:, tokens], k[:, tokens], v[:, tokens]

@@ -2,13 +2,12 @@
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from tnl.kernels.deferred import Deferred
 from tnl.kernels.dispatch import Ops
 from tnl.kernels.lora import Draw
-from tnl.kernels.reference import Projection
+from tnl.kernels.reference import Projection, Rotary
 
 
 class LayerWeights(NamedTuple):
@@ -39,16 +38,6 @@ class Rows(NamedTuple):
     shared: int = 0  # so many first tokens of the row are every sequence's: segment_start counts from behind them, [B, T - shared]
 
 
-def rotary_angles(theta: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x theta, [B, T, H, K] in `dtype`: the angle in float64, since float32 is off by 0.06 at a million tokens.
-
-    Apple's MPS has no float64: there the angle is float32.
-    """
-    exact = torch.float32 if theta.device.type == "mps" else torch.float64
-    angle = positions[:, :, None, None].to(exact) * theta[:, 0].to(exact)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
 def decoder_layer(
     x: Tensor,  # [B, T, D]
     state: Tensor | Deferred | None,  # [B, H, K, V] float32: after the tokens before this call; None: zero
@@ -57,9 +46,7 @@ def decoder_layer(
     ops: Ops,
 ) -> tuple[Tensor, Any]:
     """h = x + mixer(norm(x)); h + glu(norm(h)) (arXiv:2307.14995, fig. 1). Returns [B, T, D] and the state after the last token."""
-    rotary = None
-    if weights.theta is not None:
-        rotary = rotary_angles(weights.theta, rows.positions, torch.promote_types(x.dtype, torch.float32))
+    rotary = None if weights.theta is None else Rotary(weights.theta, rows.positions)
     draw = None if rows.dropout_keys is None else Draw(rows.dropout_keys, weights.number)
     qkvu, x = ops.norm_qkvu(x, weights.token_norm, weights.qkvu_proj, draw)
     mixed, state = ops.attention_norm_gate(

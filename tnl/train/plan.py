@@ -1,6 +1,6 @@
 """What a run needs of memory, and the largest rows that fit.
 
-Steps of one and of two layers are run at a few row lengths, and the bytes that live at once are counted; memory is linear in layers
+Steps of two and of three layers are run at a few row lengths, and the bytes that live at once are counted; memory is linear in layers
 and, between those lengths, in tokens, which gives the rest. On a GPU that is done with its own kernels, else on PyTorch's meta device,
 which computes nothing but makes every tensor's shape. So the plan knows whatever the layer's code does.
 """
@@ -36,9 +36,9 @@ CONTEXT = 0.75 * GIB
 """What a CUDA process holds beside PyTorch's own memory: context, kernels. Measured on an H100."""
 OVERHEAD = 1.1 * GIB
 """CONTEXT, and what the allocator holds of a 7B's weights beyond their bytes."""
-FRAGMENTS: dict[Level, float] = {"none": 1.08, "glu": 1.08, "layer": 1.3, "host": 1.3}
-"""How much more than its tensors a row makes the allocator hold: none and host chosen from readings of the 7B on an H100 with rows of 400
-to 8,000 tokens, where the plan before them was 4% and 8% off; glu and layer are taken from their neighbours."""
+FRAGMENTS = 1.08
+"""How much more than its tensors a row makes the allocator hold: chosen from readings of the 7B on an H100, 400 to 8,000 tokens, with
+nothing and with layers computed again."""
 HEAP: dict[Level, float] = {"none": 0.9, "glu": 0.9, "layer": 6.0, "host": 6.0}
 """How much of a row's bytes the C library keeps on a CPU after they were freed, 1 GiB at most: chosen from readings of the demo base with
 rows of 4,096 tokens (larger models' tensors go straight back to the system)."""
@@ -127,7 +127,7 @@ class Plan:
         """Bytes at the highest point of a step whose longest row has so many tokens: in its backward pass, or in the update."""
         row = self.curve(level).at(tokens)
         tensors = self.trained * (1 + self.states) + max(row, 2 * self.trained)
-        kept = min(HEAP[level] * tensors, GIB) if self.on_cpu else (FRAGMENTS[level] - 1) * tensors
+        kept = min(HEAP[level] * tensors, GIB) if self.on_cpu else (FRAGMENTS - 1) * tensors
         return self.weights + self.overhead + tensors + kept
 
     def row_budget(self, memory: float, level: Level, most: int) -> int | None:
@@ -272,7 +272,7 @@ def build(config: TransnormerConfig, section: LoraSection | None, dtype: torch.d
 def fit(
     config: TransnormerConfig, section: LoraSection | None, dtype: torch.dtype, device: torch.device, backend: str, level: Level
 ) -> Curve:
-    """Extrapolate traces of one and two layers to the depth of the config."""
+    """Extrapolate traces of two and three layers to the depth of the config."""
     if device.type == "cuda" and torch.cuda.is_available():
         with contextlib.suppress(torch.OutOfMemoryError):  # then by shapes, which need no memory
             return curve(config, section, dtype, device, backend, level)
@@ -291,14 +291,18 @@ def curve(
 def traced(config_json: str, section_json: str | None, dtype: torch.dtype, level: Level, device: str, backend: str) -> Curve:
     """`curve` by values: a process that plans the same again (a notebook, a sweep) need not trace again."""
     config = TransnormerConfig(**json.loads(config_json))
+    if level in ("layer", "host") and any(config.linear_use_lrpe_list or []):
+        # the peak is that of one layer, and what enters the others: it shows when the first to be computed again is the widest
+        config.linear_use_lrpe_list = [1] * config.decoder_layers
     section = None if section_json is None else LoraSection.model_validate_json(section_json)
     peaks: dict[int, list[int]] = {}
-    for layers in (1, 2):
+    for layers in (2, 3):  # the gradient of what enters the first is not computed
         model = shallow_model(config, layers, section, dtype, device, backend)
         recomputation.use(model, level)
         peaks[layers] = [trace(model, tokens) for tokens in LENGTHS]
         del model
-    return Curve(tuple((t, one + (config.decoder_layers - 1) * (two - one)) for t, one, two in zip(LENGTHS, peaks[1], peaks[2])))
+    more = config.decoder_layers - 2
+    return Curve(tuple((t, two + more * (three - two)) for t, two, three in zip(LENGTHS, peaks[2], peaks[3])))
 
 
 def everywhere(section: LoraSection) -> LoraSection:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 from tnl.evaluate.perplexity import causal_lm
@@ -44,13 +45,17 @@ def use(model: nn.Module, level: Level, options: dict[str, Any] | None = None, *
         layer.glu_again = level == "glu"
     if level == "glu":
         return
-    # the name since transformers 5.20; the old one warns there
-    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-    enable(options or {"use_reentrant": False})
-    if own and not options and not any(hindrance(module) for module in base.model.layers.modules() if hasattr(module, "lora_A")):
-        kept = Kept(base.device, host=level == "host" and base.device.type == "cuda")
-        for layer in base.model.layers:
-            layer._gradient_checkpointing_func = partial(recomputed, kept, layer)
+    if options:
+        # the name since transformers 5.20; the old one warns there
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable(options)
+        return
+    # not by transformers, which would have the embedding's output ask for a gradient as well, and keep both
+    own = own and not any(hindrance(module) for module in base.model.layers.modules() if hasattr(module, "lora_A"))
+    kept = Kept(base.device, host=level == "host" and base.device.type == "cuda")
+    for layer in base.model.layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(recomputed, kept, layer) if own else partial(checkpoint, use_reentrant=False)
 
 
 def level_of(model: nn.Module) -> Level:
@@ -133,6 +138,8 @@ class _Recomputed(torch.autograd.Function):
             outputs = ctx.run(x, state)
         there = [(y, dy) for y, dy in zip(outputs, grads) if dy is not None and y.requires_grad]
         wanted = [leaf for leaf, needed in ((x, needs_x), (state, needs_state)) if needed]
-        ends, cotangents = [y for y, _ in there], [dy for _, dy in there]
+        # the outputs themselves need not live on
+        ends, cotangents = [get_gradient_edge(y) for y, _ in there], [dy for _, dy in there]
+        del outputs, there
         found = iter(torch.autograd.grad(ends, [*wanted, *ctx.trained], cotangents, allow_unused=True))
         return None, None, None, next(found) if needs_x else None, next(found) if needs_state else None, *found
