@@ -12,6 +12,7 @@ from tnl.recipe.sections import LoraSection
 from tnl.train import graphed as graphed_form
 from tnl.train import lora, recomputation
 from tnl.train.graphed import Graphed, why_not
+from tnl.train.plan import LADDER
 from tnl.train.step import Rows, step
 
 SIZES = {"vocab_size": 50, "decoder_embed_dim": 16, "hidden_dim": 16, "decoder_layers": 2, "decoder_attention_heads": 2, "glu_dim": 24}
@@ -91,6 +92,22 @@ def test_rows_filled_up_teach_the_same() -> None:
         assert loss == pytest.approx(other, rel=1e-5)
         for a, b in zip(grads, others):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_long_rows_are_filled_up_in_longer_steps() -> None:
+    """Never by more than a 16th, where that is more than the least step; lengths that the plan chooses from stay as they are."""
+    rows = Rows(100_000, multiple=64)
+    lengths = [rows.batches([record(n, 1)])[0]["input_ids"].shape[1] for n in (1, 64, 65, 1700, 2047, 2049, 4000, 9000)]
+    assert lengths == [64, 64, 128, 1728, 2048, 2176, 4096, 9216]
+    assert all(tokens % rows.step_of(tokens) == 0 for tokens in LADDER if tokens >= 128)
+    assert [Rows(10).step_of(tokens) for tokens in (1, 5000)] == [1, 1], "a CPU has no need of it"
+
+
+def test_a_graph_takes_what_the_model_reads() -> None:
+    model = make("cpu")
+    graphed = Graphed(model)
+    steps_of(model, Rows(1000, multiple=16), graphed)
+    assert {len(inputs) for inputs in graphed.inputs.values()} == {6}, "ids, positions, dropout's keys, index, targets, share; no labels"
 
 
 def test_shapes_beyond_the_most_stay_eager(monkeypatch: pytest.MonkeyPatch) -> None:

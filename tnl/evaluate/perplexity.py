@@ -21,6 +21,9 @@ from tnl.model import stream
 SMALLEST_BUDGET = 64
 """Tokens: shorter rows than this are not tried when memory runs out."""
 
+INPUTS = ("input_ids", "attention_mask", "position_ids", "dropout_keys")
+"""What of a batch the model reads."""
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -65,11 +68,7 @@ def count_supervised(record: Mapping[str, Any]) -> int:
 
 def hidden_states(model: nn.Module, batch: dict[str, Tensor], device: torch.device, shared: int = 0) -> Tensor:
     """The final hidden states of a batch, flattened to [B T, D]; the head is left to the caller. shared: as collate_rows has it."""
-    inputs = {
-        name: stream.to_device(batch[name], device)
-        for name in ("input_ids", "attention_mask", "position_ids", "dropout_keys")
-        if name in batch
-    }
+    inputs = {name: stream.to_device(batch[name], device) for name in INPUTS if name in batch}
     return causal_lm(model).model(**inputs, use_cache=False, shared=shared).last_hidden_state.flatten(0, 1)
 
 

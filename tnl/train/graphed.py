@@ -10,9 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from tnl.evaluate.perplexity import causal_lm
+from tnl.evaluate.perplexity import INPUTS, causal_lm
 from tnl.kernels.graphs import Graphs
-from tnl.model.stream import to_device
 from tnl.train import recomputation
 
 MOST = 64
@@ -42,15 +41,17 @@ class Graphed:
         The result is overwritten by the next row of this shape.
         """
         key = batch["input_ids"].shape[1], len(index)
-        values = [*batch.values(), index, targets]
+        names = [name for name in INPUTS if name in batch]
+        values = [*(batch[name] for name in names), index, targets, share]
         if not self.on or (key not in self.graphs.known and not self.worth(key)):
             return None
         self.adopt()
         if key not in self.inputs:
-            self.inputs[key] = [torch.empty_like(x, device=self.graphs.device) for x in (*values, share)]
-        for static, value in zip(self.inputs[key], (*values, share)):
-            static.copy_(to_device(value, static.device))
-        self.graphs.prepare(key, lambda: self.body(self.inputs[key], list(batch), loss), warm=True)
+            self.inputs[key] = [torch.empty_like(x, device=self.graphs.device) for x in values]
+        pinned = self.graphs.device.type == "cuda"
+        for static, value in zip(self.inputs[key], values):
+            static.copy_(value.pin_memory() if pinned else value, non_blocking=pinned)
+        self.graphs.prepare(key, lambda: self.body(self.inputs[key], names, loss), warm=True)
         return self.graphs.run(key)
 
     def worth(self, key: tuple[int, int]) -> bool:

@@ -63,8 +63,8 @@ class Rows:
     offload: Offload = "auto"
     """Where the states between segments wait."""
     multiple: int = 1
-    """Whole rows are filled up to a multiple of so many tokens (ROUND on a GPU), and their supervised positions to one of eight times as
-    many: few shapes, whose products are quick and whose CUDA graphs come again."""
+    """Whole rows are filled up to a multiple of so many tokens (ROUND on a GPU), of more where they are longer (`step_of`), and their
+    supervised positions to one of eight times as many: few shapes, whose products are quick and whose CUDA graphs come again."""
     shared: int = 0
     """Tokens that all records of the run begin with (packing.shared_tokens): a packed row has them once. Dropout takes the same of them in
     every record of a step, so that its masks, too, are the same however rows are laid out."""
@@ -96,7 +96,11 @@ class Rows:
         """A packed row; one that is computed in segments is not filled up, and stays where it lies where it is one record."""
         if self.streams(self.tokens(row)):
             return collate_long(row[0]) if len(row) == 1 else collate_rows(row)
-        return collate_rows(row, shared=self.shared, multiple=self.multiple, pad_id=self.pad_id)
+        return collate_rows(row, shared=self.shared, multiple=self.step_of(self.tokens(row)), pad_id=self.pad_id)
+
+    def step_of(self, tokens: int) -> int:
+        """What a row of so many tokens is filled up to a multiple of: at most 16 lengths from each power of 2 to the next."""
+        return self.multiple if self.multiple == 1 else max(self.multiple, 2 ** (tokens.bit_length() - 1) // 16)
 
     def tokens(self, row: Sequence[Mapping[str, Any]]) -> int:
         """Tokens that are computed of a row."""
@@ -115,7 +119,7 @@ class Rows:
 
     def streams(self, tokens: int) -> bool:
         """Whether a row of so many tokens, filled up or not, is computed in segments."""
-        return self.segment_length is not None and tokens + -tokens % self.multiple > self.segment_length
+        return self.segment_length is not None and tokens + -tokens % self.step_of(tokens) > self.segment_length
 
     def shrink(self, model: nn.Module, records: Sequence[dict[str, Any]]) -> bool:
         """Make the next attempt smaller, the same gradients: half the row, GLUs and then layers again, segments, fewer logits.
