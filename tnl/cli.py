@@ -305,7 +305,8 @@ def main(arguments: list[str] | None = None) -> None:
             code = 141
         else:
             code = report(error, debug, next((word for word in options if word in TARGETS), ""))
-    if code == 130 and not any(said):  # typer makes a code of KeyboardInterrupt
+    launched = any(word.startswith("--num-processes") for word in options)  # who was launched has spoken
+    if code == 130 and not any(said) and not launched and os.environ.get("RANK", "0") == "0":  # typer makes a code of KeyboardInterrupt
         print("interrupted", file=sys.stderr)
     code = code if isinstance(code, int) else 0
     if "RANK" in os.environ:
@@ -367,8 +368,18 @@ def _explain(error: BaseException, command: str) -> tuple[int, str]:
         return 7, _line(f"tnl {command}: out of memory", LESS_MEMORY.get(command, "End other programs, then repeat."))
     if isinstance(error, OSError) and (error.errno in STORAGE or (error.errno in VANISHED and error.filename)):
         return 6, _line(f"{error.filename or 'output'}: {error.strerror}", "Free or choose another place, then repeat.")
+    if "RANK" in os.environ and _lost(error):
+        todo = "See what it said, or whether the system killed it. Checkpoints are whole: the same command goes on."
+        return 1, _line("another process of this run has ended, or kept it waiting longer than train.ddp_timeout", todo) if os.environ[
+            "RANK"
+        ] == "0" else ""
     todo = "Please report it with what the same command prints with --debug."
     return 70, _line(f"this is our bug ({type(error).__name__}: {str(error)[:300]})", todo)
+
+
+def _lost(error: BaseException) -> bool:
+    """Whether torch.distributed has lost the other processes."""
+    return isinstance(error, RuntimeError) and (type(error).__name__.startswith("Dist") or "gloo" in str(error) or "NCCL" in str(error))
 
 
 def _line(what: str, todo: str) -> str:

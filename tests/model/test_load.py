@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tnl.errors import MemoryBudgetError, ModelError, RecipeError
 from tnl.model import load
@@ -52,6 +53,7 @@ PEAK = """
 import sys
 from pathlib import Path
 import torch
+from safetensors.torch import save_file
 from tnl.model import convert
 from tnl.model.load import load_model
 from tnl.train.callbacks import peak_memory
@@ -96,3 +98,24 @@ def test_loading_shards_holds_one_at_a_time(three_shards: Path, how: str) -> Non
     made = subprocess.run([sys.executable, "-c", PEAK, str(three_shards), how], capture_output=True, text=True, check=True)
     model = 0 if how == "read" else sum(sizes)
     assert sum(sizes) > 550e6 and model * 0.9 < int(made.stdout) < model + max(sizes) * 1.15 + 50e6
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_mapped_weights_are_those_of_the_file(suffix: str, tmp_path: Path) -> None:
+    """What needs no conversion takes no memory of the process, and is nobody else's to change."""
+    whole = load_model(GOLDEN / "base", dtype="float32", device="cpu")
+    whole.config.save_pretrained(tmp_path)
+    file = tmp_path / ("model.safetensors" if suffix == "safetensors" else "pytorch_model.bin")
+    state = {name: x.clone() for name, x in whole.state_dict().items() if name != "lm_head.weight"}
+    _ = save_file(state, file) if suffix == "safetensors" else torch.save(state, file)
+    before = file.read_bytes()
+    model = load_model(tmp_path, dtype="float32", device="cpu", mapped=True)
+    ranges = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines() if str(file) in line]
+    assert all(any(int(a, 16) <= p.data_ptr() < int(b, 16) for a, b in ranges) for p in model.parameters())
+    with torch.no_grad():
+        for p, value in zip(model.parameters(), whole.parameters()):
+            assert torch.equal(p, value)
+            p.zero_()
+    assert file.read_bytes() == before
+    converted = load_model(tmp_path, dtype="bfloat16", device="cpu", mapped=True)
+    assert converted.dtype == torch.bfloat16 and bool(converted.get_input_embeddings().weight.any())

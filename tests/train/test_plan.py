@@ -17,7 +17,9 @@ from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.recipe.sections import LoraSection, TrainSection
 from tnl.train import plan, recomputation
 from tnl.train.callbacks import read_metrics
+from tnl.train.crew import Crew
 from tnl.train.recomputation import LEVELS
+from tnl.train.sharded import Fsdp
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 SEVEN = {
@@ -43,6 +45,17 @@ def seven() -> plan.Plan:
         *(getattr(make(SEVEN), name) for name in ("weights", "trained", "states", "curve")),
         overhead=plan.OVERHEAD,
     )
+
+
+def test_a_7b_whose_every_weight_is_trained_on_eight_cards_of_24_gb() -> None:
+    """In float32: weights, gradients and two moments of each, 27.4 GB four times, shared out over eight, and what is whole for a while."""
+    card = torch.device("cuda")
+    alone, shared = (plan.make(TransnormerConfig(**SEVEN), None, torch.float32, card, backend="reference", parts=x) for x in (False, True))
+    assert alone.layer * 30 + alone.outside == alone.weights + alone.trained
+    needed = Fsdp(Crew(0, 8), card).spread(shared).total(2048, True)
+    share, whole = 4 * alone.trained / 8, 2 * (2 * alone.layer + alone.outside)
+    assert share + whole < needed < share + whole + 5 * plan.GIB and needed < 23 * plan.GIB
+    assert alone.total(2048, True) > 4 * alone.trained
 
 
 def test_a_7b_on_24_gb(seven: plan.Plan) -> None:

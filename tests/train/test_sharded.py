@@ -12,11 +12,14 @@ from safetensors.torch import load_file
 from tests.train.processes import assert_same_run, command, tnl, together
 from tests.train.test_processes import assert_same_adapter, write
 from tnl.errors import RecipeError
+from tnl.model.load import load_model
 from tnl.recipe.sections import TrainSection
 from tnl.run_dir import RunDir, checkpoints
 from tnl.train import engine_choice
 from tnl.train import run as training
 from tnl.train.crew import Crew
+from tnl.train.engines import Engine
+from tnl.train.sharded import DeepSpeed, Fsdp, keep_exact
 
 DEEPSPEED = Path(__file__).resolve().parents[2] / "recipes" / "deepspeed"
 ENGINES = {
@@ -86,7 +89,16 @@ def test_a_shared_prompt_is_shared_in_every_process(engine: str, alone_shared: P
     assert_same_adapter(run, alone_shared)
 
 
-SWITCHES = [("ddp", "zero3", 2), ("zero3", "fsdp", 3), ("fsdp", "zero2", 2), ("zero2", "", 1), ("zero3", "zero3", 3)]
+STOPPED = """
+import os, signal
+from tnl.train.guard import Guard
+check = Guard.check
+def checked(self, *a):
+    check(self, *a)
+    if self.steps == 5: os.kill(os.getpid(), signal.SIGTERM)
+Guard.check = checked
+"""
+SWITCHES = [("ddp", "zero3", 2), ("zero3", "fsdp", 3), ("fsdp", "zero2", 2), ("zero2", "", 1)]
 
 
 @pytest.mark.slow
@@ -96,16 +108,7 @@ def test_a_run_goes_on_under_another_engine(
 ) -> None:
     """The first engine is stopped after step 5 of 10."""
     recipe, run = write(tmp_path, base, records), RunDir(tmp_path / "run")
-    code = """
-import os, signal
-from tnl.train.guard import Guard
-check = Guard.check
-def checked(self, *a):
-    check(self, *a)
-    if self.steps == 5: os.kill(os.getpid(), signal.SIGTERM)
-Guard.check = checked
-"""
-    words = command(["train", str(recipe), *ENGINES[first]], code)
+    words = command(["train", str(recipe), *ENGINES[first]], STOPPED)
     done = together([words, words])
     assert [one.returncode for one in done] == [143, 143], done[0].stderr
     assert checkpoints(run)[0][0] == 5
@@ -119,15 +122,30 @@ Guard.check = checked
 
 @pytest.mark.slow
 def test_bfloat16_weights_are_shared_out_too(base: Path, records: Path, tmp_path: Path) -> None:
-    """Adapters are computed in bfloat16 by DeepSpeed, their exact values kept and saved in float32."""
+    """Trained weights are computed in bfloat16 by DeepSpeed, their exact values kept and saved in float32."""
     (tmp_path / "one").mkdir()
     one = training.run(write(tmp_path / "one", base, records), ["model.dtype=bfloat16"]).path
-    for engine in ("fsdp", "zero3"):
-        (tmp_path / engine).mkdir()
-        run = train(tmp_path / engine, base, records, "model.dtype=bfloat16", *ENGINES[engine])
-        assert_same_run(run, one, 6e-2)
-        tensors = load_file(run / "adapter" / "adapter_model.safetensors").values()
-        assert {x.dtype for x in tensors} == {torch.float32} and any((x != x.bfloat16().float()).any() for x in tensors)
+    for engine, full in (("fsdp", []), ("zero3", []), ("fsdp", FULL), ("zero3", FULL)):
+        folder = tmp_path / f"{engine}{len(full)}"
+        folder.mkdir()
+        run = train(folder, base, records, "model.dtype=bfloat16", *ENGINES[engine], *full)
+        assert_same_run(run, one, 6e-2) if not full else None
+        tensors = load_file(run / ("checkpoint-10/model.safetensors" if full else "adapter/adapter_model.safetensors"))
+        rounded = [name for name, x in tensors.items() if x.dtype == torch.bfloat16 or torch.equal(x, x.bfloat16().float())]
+        assert not rounded if (engine, full) != ("fsdp", FULL) else rounded, "FSDP2 keeps the digits that the model has"
+
+
+@pytest.mark.slow
+def test_a_stopped_run_in_bfloat16_goes_on_with_every_digit(base: Path, records: Path, tmp_path: Path) -> None:
+    """Whole weights that DeepSpeed computes in bfloat16 come back from a checkpoint as they were kept, in float32."""
+    for name in ("through", "stopped"):
+        (tmp_path / name).mkdir()
+    options = ["model.dtype=bfloat16", *FULL, *ENGINES["zero3"]]
+    through = train(tmp_path / "through", base, records, *options)
+    words = command(["train", str(write(tmp_path / "stopped", base, records)), *options], STOPPED)
+    assert [one.returncode for one in together([words, words])] == [143, 143]
+    stopped = train(tmp_path / "stopped", base, records, *options)
+    assert_same_run(stopped, through)
 
 
 def make(size: int = 2, dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
@@ -201,6 +219,25 @@ def test_deepspeed_is_asked_for_by_its_pip_line(monkeypatch: pytest.MonkeyPatch)
 
 def test_ddp_s_options_reach_it() -> None:
     assert make(ddp_bucket_cap_mb=5, ddp_static_graph=False).options == {"bucket_cap_mb": 5, "static_graph": False}
+
+
+def test_a_base_that_is_shared_out_waits_in_host_memory() -> None:
+    gpu, config = torch.device("cuda", 1), {"zero_optimization": {"stage": 2}, "bf16": {"enabled": False}}
+    assert Engine(Crew(1, 2), gpu).home == gpu and DeepSpeed(Crew(1, 2), gpu, config).home == gpu
+    for engine in (Fsdp(Crew(1, 2), gpu), DeepSpeed(Crew(1, 2), gpu, {**config, "zero_optimization": {"stage": 3}})):
+        assert engine.parts and engine.home.type == "cpu"
+
+
+def test_what_deepspeed_would_round_is_out_of_its_sight(base: Path) -> None:
+    model = load_model(base, dtype="bfloat16", device="cpu").requires_grad_(False)
+    names, ids = model.state_dict().keys(), torch.arange(60)[None]
+    before = model(input_ids=ids).logits
+    keep_exact(model)
+    for p in model.parameters():  # as DeepSpeed does
+        p.data = p.data.bfloat16()
+    exact = model.get_buffer("model.layers.0.token_mixer.lrpe.theta")
+    assert exact.dtype == torch.float32 and model.state_dict().keys() == names
+    assert torch.equal(model(input_ids=ids).logits, before)
 
 
 def test_what_goes_otherwise_is_said_in_one_line() -> None:

@@ -49,6 +49,7 @@ def from_pretrained(cls: Any, path: str | Path, **kwargs: Any) -> Any:
     """What TransnormerForCausalLM.from_pretrained does; its docstring says what."""
     kwargs = {key: value for key, value in kwargs.items() if key not in IGNORED and not key.startswith("_")}
     dtype, config = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", "auto"), kwargs.pop("config", None)
+    mapped = kwargs.pop("mapped", False)
     device_map, backend, max_memory = kwargs.pop("device_map", None), kwargs.pop("backend", "auto"), kwargs.pop("max_memory", None)
     asked = {key: kwargs.pop(key, None) for key in HUB_KEYWORDS}
     if (refused := next((key for key, value in asked.items() if value), None)) and not is_here(path):
@@ -68,7 +69,7 @@ def from_pretrained(cls: Any, path: str | Path, **kwargs: Any) -> Any:
         model = cls(config)
     spreading = spreads(device_map) or max_memory is not None
     device = torch.device("cpu") if spreading else pick_device(device_map)
-    fill(model, folder, None if dtype in ("auto", None) else as_dtype(dtype), device)
+    fill(model, folder, None if dtype in ("auto", None) else as_dtype(dtype), device, mapped)
     generation = folder / "generation_config.json"
     model.generation_config = (
         GenerationConfig.from_pretrained(folder) if generation.is_file() else GenerationConfig.from_model_config(config)
@@ -105,8 +106,11 @@ def read_config(folder: Path) -> TransnormerConfig:
         raise ModelError(file, str(error).replace("\n", " "), "Copy the file anew from where the model was published") from None
 
 
-def fill(model: Any, folder: Path, dtype: torch.dtype | None, device: torch.device) -> None:
-    """Give a model made on the meta device the folder's tensors, on `device` and in `dtype` (None: the checkpoint's own)."""
+def fill(model: Any, folder: Path, dtype: torch.dtype | None, device: torch.device, mapped: bool = False) -> None:
+    """Give a model made on the meta device the folder's tensors, on `device` and in `dtype` (None: the checkpoint's own).
+
+    mapped: what needs no conversion stays in the file, from which it is read when it is used.
+    """
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     tied = bool(model.config.tie_word_embeddings)
     files = weight_files(folder)
@@ -116,7 +120,7 @@ def fill(model: Any, folder: Path, dtype: torch.dtype | None, device: torch.devi
     for file in files:
         for name, tensor in tensors(file):
             target = torch.float32 if name.endswith("lrpe.theta") else dtype or tensor.dtype
-            value = tensor.to(device, target, copy=True)
+            value = tensor.to(device, target, copy=not mapped)
             # a sum is finite where its terms are, and forty times faster on a CPU than isfinite; that of float16 would overflow
             finite[f"{file.name}: {name}"] = value.sum(dtype=torch.float32 if target == torch.float16 else target).isfinite()
             if name == HEAD and tied:

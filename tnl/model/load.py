@@ -21,31 +21,34 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     backend: str = "auto",
+    mapped: bool = False,
 ) -> TransnormerForCausalLM:
     """The model in a local folder, in eval mode. Raises ModelError; RecipeError for a device that is not there; MemoryBudgetError.
 
     device auto: the GPU where there is one, else the CPU. dtype auto: bfloat16 on a GPU; float32 on a CPU, and bfloat16 where that alone
-    fits its memory.
+    fits its memory. mapped: on a CPU weights that need no conversion stay in their files, for somebody who takes them from there.
     """
     folder, device = hub.resolve(str(path)), pick_device(device)
     config = read_config(folder)
     wanted = [as_dtype(dtype)] if dtype != "auto" else [torch.bfloat16] if device.type != "cpu" else [torch.float32, torch.bfloat16]
-    chosen = fitting(folder, device, wanted)
-    return TransnormerForCausalLM.from_pretrained(folder, config=config, dtype=chosen, device_map=device, backend=backend)
+    mapped = mapped and device.type == "cpu"
+    chosen = fitting(folder, device, wanted, mapped)
+    return TransnormerForCausalLM.from_pretrained(folder, config=config, dtype=chosen, device_map=device, backend=backend, mapped=mapped)
 
 
-def fitting(folder: Path, device: torch.device, wanted: list[torch.dtype]) -> torch.dtype:
+def fitting(folder: Path, device: torch.device, wanted: list[torch.dtype], mapped: bool = False) -> torch.dtype:
     """The first dtype in which a folder's weights fit the memory that is free: an operating system ends what takes more, without a word.
 
-    Raises MemoryBudgetError where none does.
+    mapped: what has the dtype already takes none. Raises MemoryBudgetError where none does.
     """
-    weights = sum(math.prod(shape) for file in weight_files(folder) for shape, _ in headers(file).values())
+    stored = [(math.prod(shape), kept) for file in weight_files(folder) for shape, kept in headers(file).values()]
     room = free_memory(device)
     for dtype in wanted:
-        if weights * dtype.itemsize <= room:
+        need = dtype.itemsize * sum(count for count, kept in stored if not (mapped and kept == dtype))
+        if need <= room:
             return dtype
-    need, name = weights * wanted[-1].itemsize / 2**30, str(wanted[-1]).removeprefix("torch.")
-    what = f"its weights take {need:.1f} GiB in {name}, and {room / 2**30:.1f} GiB are free on {device}"
+    name = str(wanted[-1]).removeprefix("torch.")
+    what = f"its weights take {need / 2**30:.1f} GiB in {name}, and {room / 2**30:.1f} GiB are free on {device}"
     raise MemoryBudgetError(folder, what, f"End other programs, or take {'bfloat16 or ' if wanted[-1].itemsize > 2 else ''}a smaller model")
 
 

@@ -159,12 +159,12 @@ class TransnormerModel(TransnormerPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def pick_kernels(self, backend: str | None = None) -> None:
-        """Take the kernels for the device and dtype the weights are in now; `backend` as in dispatch.ops, None: as before."""
+    def pick_kernels(self, backend: str | None = None, device: torch.device | None = None) -> None:
+        """Take the kernels for the device (None: the weights') and the weights' dtype; `backend` as in dispatch.ops, None: as before."""
         self.backend = backend or self.backend
         weight, lrpe = self.embed_tokens.weight, any(self.config.linear_use_lrpe_list or [])
         head_dim = self.config.hidden_dim // self.config.decoder_attention_heads * (2 if lrpe else 1)
-        self.ops = ops(self.backend, weight.device, weight.dtype, head_dim)
+        self.ops = ops(self.backend, device or weight.device, weight.dtype, head_dim)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TransnormerModel:
         super()._apply(fn, recurse)

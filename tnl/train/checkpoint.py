@@ -144,6 +144,12 @@ def load_training_state(folder: Path, optimizer: Any, scheduler: Any, engine: En
             raise ModelError(path, f"cannot be continued from ({said[:200]})", "Use another checkpoint.") from None
 
 
+def load_exact(model: nn.Module, folder: Path, engine: Engine) -> None:
+    """Give an engine that computes in bfloat16 every digit of a whole model's checkpoint; an adapter's digits it has."""
+    if not isinstance(model, PeftModel):
+        engine.load_exact(model, load_file(folder / FULL_WEIGHTS))
+
+
 def tensors_of(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     """Every tensor in nested dicts and lists, with a name that leads to it."""
     if isinstance(value, Tensor):

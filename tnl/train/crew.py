@@ -152,7 +152,8 @@ def here() -> Crew:
 def join(use_cpu: bool, timeout: int = 1800, backend: str | None = None, save_on_each_node: bool = False) -> Crew:
     """Meet the other processes that the launcher started; alone, a crew of one. Raises RecipeError for fewer GPUs than processes.
 
-    timeout: seconds after which a process that does not come ends all. backend: of torch.distributed; nccl on GPUs, gloo on CPUs.
+    timeout: seconds after which a process that does not come ends all. backend: of torch.distributed between devices; without it nccl
+    on GPUs, gloo on CPUs.
     """
     crew = replace(here(), save_on_each_node=save_on_each_node)
     local_size = crew.local_size
@@ -169,10 +170,13 @@ def join(use_cpu: bool, timeout: int = 1800, backend: str | None = None, save_on
         if os.environ.get(name, "").lower() in ("true", "1"):
             what = f"accelerate's own configuration asks for {name.rpartition('_')[2]}, of which the recipe knows nothing"
             raise RecipeError("", what, "Use train.fsdp or train.deepspeed, and accelerate launch without it.")
-    if on_gpu:
-        torch.cuda.set_device(crew.local_rank)
+    device = torch.device("cuda", crew.local_rank) if on_gpu else None
+    if device is not None:
+        torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group(backend or ("nccl" if on_gpu else "gloo"), timeout=timedelta(seconds=timeout))
+        # words and offloaded weights travel between hosts, all else between GPUs
+        backend = f"cpu:gloo,cuda:{backend or 'nccl'}" if on_gpu else backend or "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=device)
         atexit.register(part)
     return crew
 

@@ -36,6 +36,11 @@ class Engine:
         self.wrapped: Any = None
 
     @property
+    def home(self) -> torch.device:
+        """Where the base is loaded: in host memory where a process keeps but a part, which `prepare` or `wrap` takes from there."""
+        return torch.device("cpu") if self.parts else self.device
+
+    @property
     def scale(self) -> int:
         """What a loss is multiplied by, since engines divide summed gradients by the number of processes."""
         return self.crew.size
@@ -113,7 +118,7 @@ class Engine:
         found = iter(torch._foreach_norm(there) if there else ())
         zero = torch.zeros((), device=self.device)
         norms = torch.stack([next(found).float() if x is not None else zero for x in tensors]) if tensors else zero[None]
-        return self.crew.sum(norms.square()).sqrt() if self.parts else norms
+        return self.crew.sum(norms.to(self.device).square()).sqrt() if self.parts else norms
 
     def clip(self, parameters: Sequence[nn.Parameter], limit: float, norm: Tensor) -> None:
         """Scale gradients down to a norm."""
@@ -135,6 +140,9 @@ class Engine:
     def load_optimizer_state(self, optimizer: Any, state: dict[str, Any]) -> None:
         """Take such a state."""
         optimizer.load_state_dict(state)
+
+    def load_exact(self, net: nn.Module, weights: dict[str, Tensor]) -> None:
+        """Take a checkpoint's weights once more, where the model's own have fewer digits."""
 
 
 def through(wrapped: Any, net: nn.Module, compute: Compute) -> Tensor:

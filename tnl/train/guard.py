@@ -48,7 +48,7 @@ class Guard:
         self.model, self.engine = model, engine or alone(model)
         self.parameters = trainable(model)
         matrices = set(adapter_matrices(model))
-        device = self.parameters[0][1].device
+        device = self.engine.device
         self.is_matrix = torch.tensor([name in matrices for name, _ in self.parameters], device=device)
         self.had_gradient = torch.zeros_like(self.is_matrix)
         self.norms = torch.zeros(len(self.parameters), device=device)

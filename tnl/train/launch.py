@@ -50,19 +50,22 @@ def start(count: int, arguments: Sequence[str]) -> int:
 def wait(running: Sequence["subprocess.Popen[bytes]"]) -> int:
     """Wait for all; where one fails, give the first a while to say why, then end all. Returns the first bad exit code, or 0."""
     failed, deadline = 0, float("inf")
-    while any(process.poll() is None for process in running):
-        codes = [code for process in running if (code := process.poll())]
-        if codes and not failed:
-            failed, deadline = codes[0], time.monotonic() + PATIENCE
-        if running[0].poll():
+    while True:
+        codes = [process.poll() for process in running]
+        if any(codes) and not failed:
+            failed = min(code for code in codes if code)  # one that was killed is why others failed
+            deadline = time.monotonic() + PATIENCE
+            if failed < 0:
+                print(f"process {codes.index(failed)} of {len(running)} was ended by {signal.Signals(-failed).name}", file=sys.stderr)
+        if None not in codes:
+            return failed if failed >= 0 else 128 - failed
+        if codes[0]:
             deadline = min(deadline, time.monotonic() + 2)
         if time.monotonic() > deadline:
             for process in running:
                 if process.poll() is None:
                     process.kill()
         time.sleep(0.05)
-    code = failed or next((code for process in running if (code := process.poll())), 0)
-    return code if code >= 0 else 128 - code
 
 
 def free_port() -> int:

@@ -57,8 +57,10 @@ def attach(model: nn.Module, section: LoraSection | None, where: Where, seed: in
     Works on a model of the meta device too. Raises RecipeError for a field that cannot act, ModelError for a name that fits no module.
     """
     if section is None:
-        model.requires_grad_(True)
-        say("lora: null: every weight is trained")
+        for p in model.parameters():
+            p.requires_grad_(p.dtype == model.dtype)  # one dtype, as what shares weights out needs
+        angles = "" if all(p.requires_grad for p in model.parameters()) else ", except the angles of positions, which stay in float32"
+        say(f"lora: null: every weight is trained{angles}")
         return model
     config = make_config(model, section, where, say)
     seed_all(seed_of(seed, -1))

@@ -117,6 +117,12 @@ class Plan:
     overhead: float
     """What the process holds before a weight is loaded: on a CPU the program itself, on a GPU what CUDA takes."""
     on_cpu: bool = False
+    layer: int = 0
+    """Of weights and trained weights, those of the largest layer,"""
+    outside: int = 0
+    """and those outside the layers."""
+    beside: int = 0
+    """What is whole for a while of that which is shared out over processes."""
 
     def levels(self, checkpointing: bool, segments: bool = False) -> tuple[Level, ...]:
         """What may be computed again, the fastest first; segments: of rows that are streamed, what enters a layer stays on the device."""
@@ -126,8 +132,8 @@ class Plan:
     def total(self, tokens: int, level: Level) -> float:
         """Bytes at the highest point of a step whose longest row has so many tokens: in its backward pass, or in the update."""
         row = self.curve(level).at(tokens)
-        tensors = self.trained * (1 + self.states) + max(row, 2 * self.trained)
-        kept = min(HEAP[level] * tensors, GIB) if self.on_cpu else (FRAGMENTS - 1) * tensors
+        tensors = self.trained * (1 + self.states) + max(row + self.beside, 2 * self.trained)
+        kept = min(HEAP[level] * tensors, GIB) if self.on_cpu else (FRAGMENTS - 1) * row
         return self.weights + self.overhead + tensors + kept
 
     def row_budget(self, memory: float, level: Level, most: int) -> int | None:
@@ -196,6 +202,16 @@ def here(device: torch.device, gib: float | None = None) -> float:
     return found if gib is None else min(found, gib * GIB)
 
 
+def roomy(config: TransnormerConfig, dtype: torch.dtype, device: torch.device) -> torch.device:
+    """The device, if the whole model fits beside what this process has there already; else the CPU."""
+    if device.type != "cuda":
+        return device
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in TransnormerForCausalLM(config).parameters()) * dtype.itemsize
+    room = here(device) - torch.cuda.memory_allocated(device)
+    return device if weights + OVERHEAD <= room else torch.device("cpu")
+
+
 def cap(device: torch.device, gib: float) -> None:
     """Keep this process within so much of the GPU's memory: the allocator refuses more, as a smaller card would."""
     if device.type == "cuda":
@@ -248,18 +264,23 @@ def make(
     optimizer: str = "adamw_torch",
     where: Where = "recipe",
     backend: str = "auto",
+    parts: bool = False,
 ) -> Plan:
     """The plan of a model of this config with this LoRA on this device: exact for weights, traced for activations.
 
+    parts: gradients leave as soon as they are made, to be shared out (sharded.py, which adds what stays).
     A GPU that is not there is planned for by shapes alone. Raises as lora.attach.
     """
     with torch.device("meta"):
-        whole = list(build(config, section, dtype, "reference", where).parameters())
+        model = build(config, section, dtype, "reference", where)
+    whole = list(model.parameters())
+    layer = max(sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in causal_lm(model).model.layers)
     frozen = sum(p.numel() * p.element_size() for p in whole if not p.requires_grad)
     trained = sum(p.numel() * p.element_size() for p in whole if p.requires_grad)
     overhead = OVERHEAD if device.type == "cuda" else host.resident() + LATER
-    traces = partial(fit, config, section, dtype, device, backend)
-    return Plan(frozen, trained, OPTIMIZER_STATES.get(optimizer, 2), traces, overhead, device.type != "cuda")
+    traces = partial(fit, config, section, dtype, device, backend, parts)
+    outside = frozen + trained - config.decoder_layers * layer
+    return Plan(frozen, trained, OPTIMIZER_STATES.get(optimizer, 2), traces, overhead, device.type != "cuda", layer, outside)
 
 
 def build(config: TransnormerConfig, section: LoraSection | None, dtype: torch.dtype, backend: str, where: Where = "recipe") -> nn.Module:
@@ -270,25 +291,25 @@ def build(config: TransnormerConfig, section: LoraSection | None, dtype: torch.d
 
 
 def fit(
-    config: TransnormerConfig, section: LoraSection | None, dtype: torch.dtype, device: torch.device, backend: str, level: Level
+    config: TransnormerConfig,
+    section: LoraSection | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str,
+    parts: bool,
+    level: Level,
 ) -> Curve:
     """Extrapolate traces of two and three layers to the depth of the config."""
+    settings = None if section is None else everywhere(section).model_dump_json(exclude_unset=True)
+    trace_on = partial(traced, config.to_json_string(use_diff=False), settings, dtype, parts)
     if device.type == "cuda" and torch.cuda.is_available():
         with contextlib.suppress(torch.OutOfMemoryError):  # then by shapes, which need no memory
-            return curve(config, section, dtype, device, backend, level)
-    # shapes alone have no host memory to go to
-    return curve(config, section, dtype, torch.device("meta"), "reference", "layer" if level == "host" else level)
-
-
-def curve(
-    config: TransnormerConfig, section: LoraSection | None, dtype: torch.dtype, device: torch.device, backend: str, level: Level
-) -> Curve:
-    settings = None if section is None else everywhere(section).model_dump_json(exclude_unset=True)
-    return traced(config.to_json_string(use_diff=False), settings, dtype, level, str(device), backend)
+            return trace_on(level, str(device), backend)
+    return trace_on("layer" if level == "host" else level, "meta", "reference")  # shapes alone have no host memory to go to
 
 
 @lru_cache(maxsize=16)
-def traced(config_json: str, section_json: str | None, dtype: torch.dtype, level: Level, device: str, backend: str) -> Curve:
+def traced(config_json: str, section_json: str | None, dtype: torch.dtype, parts: bool, level: Level, device: str, backend: str) -> Curve:
     """`curve` by values: a process that plans the same again (a notebook, a sweep) need not trace again."""
     config = TransnormerConfig(**json.loads(config_json))
     if level in ("layer", "host") and any(config.linear_use_lrpe_list or []):
@@ -299,6 +320,8 @@ def traced(config_json: str, section_json: str | None, dtype: torch.dtype, level
     for layers in (2, 3):  # the gradient of what enters the first is not computed
         model = shallow_model(config, layers, section, dtype, device, backend)
         recomputation.use(model, level)
+        for p in (one for one in model.parameters() if parts and one.requires_grad):
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         peaks[layers] = [trace(model, tokens) for tokens in LENGTHS]
         del model
     more = config.decoder_layers - 2

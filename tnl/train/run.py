@@ -23,7 +23,7 @@ from tnl.data.store import lengths_of
 from tnl.data.template import TEMPLATES
 from tnl.errors import ModelError, NumbersError
 from tnl.evaluate import generation
-from tnl.evaluate.perplexity import evaluating
+from tnl.evaluate.perplexity import causal_lm, evaluating
 from tnl.generate.sampling import Settings as Sampling
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.convert import read_config, weight_files
@@ -94,7 +94,8 @@ def train(recipe: Recipe, memory: float | None, allow: Sequence[str] = ()) -> Ru
         units = order.units_of(recipe.data, lengths_of(data.train), row_tokens, rows.shared)
         args.num_train_epochs = order.epochs(recipe.train, len(units), settings.records_per_step)
         say(order.words(recipe.train, len(units), settings.records_per_step, order.UNITS[recipe.data.packing]))
-        loaded = load_model(base.folder, dtype=base.dtype, device=base.device, backend=recipe.model.backend)
+        loaded = load_model(base.folder, dtype=base.dtype, device=engine.home, backend=recipe.model.backend, mapped=engine.parts)
+        loaded.model.pick_kernels(device=base.device)
         model = lora.attach(loaded, recipe.lora, recipe.where, recipe.train.seed, say)
         recomputation.use(model, rows.level, arguments.recomputing(recipe.train), own=not engine.sharded)
     show_table(model)
@@ -172,6 +173,14 @@ def fingerprint_of(recipe: Recipe, base: Base) -> dict[str, Any]:
     return fingerprint(recipe, files, template=TEMPLATES[recipe.data.template].hash, dtype=str(base.dtype))
 
 
+def whole_base(recipe: Recipe, base: Base) -> nn.Module:
+    """The base where it can be whole beside what is shared out: on this process's device, or on the CPU."""
+    device = plan.roomy(base.config, base.dtype, base.device)
+    if device != base.device:
+        say("the whole model does not fit this GPU: questions are answered on the CPU, which takes minutes")
+    return load_model(base.folder, dtype=base.dtype, device=device, backend=recipe.model.backend, mapped=True)
+
+
 def unite(recipe: Recipe, base: Base, trainer: TnlTrainer) -> None:
     """Where weights are shared out: for the processes that save, the whole model anew, with the weights as they were trained."""
     engine, net = trainer.engine, trainer.net
@@ -179,15 +188,15 @@ def unite(recipe: Recipe, base: Base, trainer: TnlTrainer) -> None:
         return
     weights = engine.whole(lambda: checkpoint.trained_tensors(net))
     if engine.crew.saves:
-        loaded = load_model(base.folder, dtype=base.dtype, device=base.device, backend=recipe.model.backend)
-        trainer.net = lora.attach(loaded, recipe.lora, recipe.where, recipe.train.seed, lambda line: None)
+        trainer.net = lora.attach(whole_base(recipe, base), recipe.lora, recipe.where, recipe.train.seed, lambda line: None)
         checkpoint.put_weights(trainer.net, weights)
 
 
 def plan_rows(recipe: Recipe, base: Base, data: Dataset, memory: float | None, engine: Engine | None = None) -> Rows:
     """Rows that fit this machine, said in one line. Raises MemoryBudgetError before any weight is loaded."""
     longest = max([*lengths_of(data.train), *lengths_of(data.eval)])
-    needs = plan.make(base.config, recipe.lora, base.dtype, base.device, recipe.train.optim, recipe.where, recipe.model.backend)
+    parts = engine is not None and engine.parts
+    needs = plan.make(base.config, recipe.lora, base.dtype, base.device, recipe.train.optim, recipe.where, recipe.model.backend, parts)
     room = plan.here(base.device, memory)
     if engine is not None and engine.sharded:
         needs = engine.spread(needs)
@@ -232,7 +241,7 @@ def first_words(
             work.update_metadata(data=counts(data), paths=paths)
             trainer.preflight()
         if crew.leads:
-            samples = sample_before(work, recipe, base, data, trainer.net, folder, stop)
+            samples = sample_before(recipe, base, data, trainer, folder, stop)
     stop.requested = next((number for number in crew.gather(stop.requested) if number), None)
     if stop.requested:
         stopped_early(work, folder, stop)
@@ -251,19 +260,21 @@ def begin(work: RunDir, recipe: Recipe, folder: Path | None, notices: Sequence[s
 
 
 def sample_before(
-    work: RunDir, recipe: Recipe, base: Base, data: Dataset, model: nn.Module, folder: Path | None, stop: StopSignals
+    recipe: Recipe, base: Base, data: Dataset, trainer: TnlTrainer, folder: Path | None, stop: StopSignals
 ) -> tuple[list[generation.Sample], list[list[int]]]:
     """Questions and the untrained model's answers; those of an interrupted run are kept."""
     samples, prompts = generation.choose(data.eval or data.train, base.tokenizer, TEMPLATES[recipe.data.template])
-    kept = generation.read(work.samples)
+    path = trainer.run.samples
+    kept = generation.read(path)
     if [sample.question for sample in kept] == [sample.question for sample in samples] and folder is not None:
         return kept, prompts
     if folder is None:
         say(f"asking {len(prompts)} questions before training")
+        model = whole_base(recipe, base) if trainer.engine.parts else trainer.net
         answers = ask(recipe, base, model, prompts, stop)
         samples = [replace(sample, before=text) for sample, text in zip(samples, answers)]
         if not stop.requested:
-            generation.write(samples, work.samples)
+            generation.write(samples, path)
     return samples, prompts
 
 
@@ -365,7 +376,7 @@ def compare(model: nn.Module, folder: Path, base: Base) -> nn.Module:
 
     Returns the base with the saved adapter. Raises NumbersError where they differ.
     """
-    probe = torch.arange(16, device=base.device)[None] % base.config.vocab_size
+    probe = torch.arange(16, device=causal_lm(model).device)[None] % base.config.vocab_size
     with evaluating(model), torch.inference_mode():
         mine = model(input_ids=probe).logits.float()
         bare: Any = model.unload()  # type: ignore[operator]  # the base alone, as it is now: nobody trains any more

@@ -1,6 +1,9 @@
 """FSDP2 and DeepSpeed: a process holds a part of the weights, or of what the optimizer keeps, and the engine moves the parts."""
 
+import contextlib
 import copy
+import io
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,9 +30,13 @@ class Sharded(Engine):
         return int(self.crew.most(torch.tensor(rows, device=self.device)))
 
     def spread(self, needs: Plan) -> Plan:
-        """What one process needs of memory, where one alone would need so much."""
-        size = self.crew.size
-        return replace(needs, weights=needs.weights // size, trained=needs.trained // size)
+        """What one process needs of memory, where one alone would need so much: a part, and beside it what is whole for a while.
+
+        That is the layer that is computed, the next one, what stands outside the layers, and of those that are trained the gradients.
+        """
+        size, trained = self.crew.size, needs.trained / (needs.trained + needs.weights)
+        beside = int((2 * needs.layer + needs.outside) * (1 + trained)) + needs.trained // size
+        return replace(needs, weights=needs.weights // size, trained=needs.trained // size, beside=beside)
 
     def settle(self, net: nn.Module, loss: Tensor, failed: bool) -> tuple[Tensor, bool]:
         return self.crew.sum(loss.float()), failed
@@ -57,7 +64,7 @@ class Fsdp(Sharded):
 
     def __init__(self, crew: Crew, device: torch.device, reshard_after_forward: bool = True, cpu_offload: bool = False) -> None:
         super().__init__(crew, device)
-        self.reshard, self.offload = reshard_after_forward, CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+        self.reshard, self.offload = reshard_after_forward, CPUOffloadPolicy(device.type == "cuda") if cpu_offload else OffloadPolicy()
 
     def prepare(self, net: nn.Module) -> None:
         mesh = init_device_mesh(self.device.type, (self.crew.size,))
@@ -66,6 +73,7 @@ class Fsdp(Sharded):
         for part in parts:
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
+        causal_lm(net).model.pick_kernels(device=self.device)
 
     def wrap(self, net: nn.Module, optimizer: Any) -> tuple[Any, Any]:
         self.wrapped = net
@@ -78,7 +86,8 @@ class Fsdp(Sharded):
 
     def clip(self, parameters: Sequence[nn.Parameter], limit: float, norm: Tensor) -> None:
         share = torch.clamp(limit / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], share)
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
+        torch._foreach_mul_(gradients, share.to(gradients[0].device))
 
     def whole(self, collect: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         found = {}
@@ -111,15 +120,30 @@ class DeepSpeed(Sharded):
         # an extra, and slow to import
         import deepspeed
 
+        warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # of the names that it calls torch by
         self.library: Any = deepspeed
         self.config = copy.deepcopy(config)
         self.stage = int(config["zero_optimization"]["stage"])
         self.parts = self.stage == 3
+        self.half = bool(config["bf16"]["enabled"])
 
     def spread(self, needs: Plan) -> Plan:
-        return super().spread(needs) if self.stage == 3 else replace(needs, states=needs.states / self.crew.size)
+        if self.half:
+            needs = replace(needs, states=2 * (1 + needs.states))  # kept in float32, and the weights once more
+        if self.stage < 3:
+            return replace(needs, states=needs.states / self.crew.size)
+        return super().spread(replace(needs, overhead=needs.overhead + self.buffers))
+
+    @property
+    def buffers(self) -> int:
+        """Bytes that stage 3 takes for itself: gradients that are being summed, weights that have been gathered ahead."""
+        given, sizes = self.config["zero_optimization"], {"reduce_bucket_size": 500_000_000, "stage3_max_live_parameters": 1_000_000_000}
+        elements = sum(size if given.get(name, "auto") == "auto" else int(given[name]) for name, size in sizes.items())
+        return elements * (2 if self.half else 4)
 
     def prepare(self, net: nn.Module) -> None:
+        if self.half:
+            keep_exact(net)
         if self.stage == 3:
             # a layer reads its modules' weights itself, so all of them are made ready at once
             self.library.utils.set_z3_leaf_modules(net, [type(causal_lm(net).model.layers[0])])
@@ -130,13 +154,24 @@ class DeepSpeed(Sharded):
         # the engine takes empty groups out, which a checkpoint and the schedule have
         self.groups = list(optimizer.param_groups)
         self.members = [list(group["params"]) for group in self.groups]
-        exact = [p.detach().float().cpu() for p in self.order]
+        exact = [(p, p.detach().cpu()) for p in self.order if self.half and p.dtype == torch.float32]
         options = {"model": net, "optimizer": optimizer, "config": self.config, "dist_init_required": False}
-        self.wrapped = self.library.initialize(**options)[0]
-        if self.wrapped.bfloat16_enabled():
-            for p, value in zip(self.order, exact):
-                self.put(p, value)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has compiled something
+            if self.stage == 3:
+                self.take_parts(net)
+            self.wrapped = self.library.initialize(**options)[0]
+        for p, value in exact:
+            self.put(p, value)
         return self.wrapped, Stepper(optimizer, self.wrapped, self.groups)
+
+    def take_parts(self, net: nn.Module) -> None:
+        """Bring the weights to the device one by one, and keep this process's part; DeepSpeed itself would bring the whole model first."""
+        for p in net.parameters() if self.half else ():
+            p.data = p.data.bfloat16()
+        self.library.zero.Init(module=net, config_dict_or_path=self.config)
+        for x in net.buffers():
+            x.data = x.data.to(self.device)
+        causal_lm(net).model.pick_kernels(device=self.device)
 
     @property
     def order(self) -> list[Any]:
@@ -196,6 +231,11 @@ class DeepSpeed(Sharded):
         for group, saved in zip(self.groups, state["param_groups"]):
             group.update({key: value for key, value in saved.items() if key != "params"})
 
+    def load_exact(self, net: nn.Module, weights: dict[str, Tensor]) -> None:
+        for name, p in net.named_parameters() if self.half else ():
+            if name in weights:
+                self.put(p, weights[name])
+
     def put(self, p: Any, value: Tensor, key: str | None = None) -> None:
         """Set the exact value of a weight, or, with a key, what the optimizer keeps of it."""
         utils = self.library.utils
@@ -246,6 +286,15 @@ class Shell(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.net(*args, **kwargs)
+
+
+def keep_exact(net: nn.Module) -> None:
+    """Make buffers of frozen float32 parameters, such as LRPE's angles: DeepSpeed rounds every parameter to bfloat16, and no buffer."""
+    for module in net.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if not p.requires_grad and p.dtype == torch.float32:
+                delattr(module, name)
+                module.register_buffer(name, p.detach())
 
 
 def gathered(x: Any) -> Any:

@@ -49,7 +49,8 @@ class TnlTrainer(Trainer):
     - get_batch_samples: randomness is seeded by seed and step before the step's records are fetched, so a resumed run repeats it;
       _save_rng_state and _load_rng_state have nothing left to do.
     - training_step: step.py, then guard.py: one flag (loss, gradients, optimizer state finite) decides on the optimizer's update.
-    - _wrap_model: engines.py puts DDP, FSDP2 or DeepSpeed around the model, on CPUs as on GPUs.
+    - _wrap_model: engines.py puts DDP, FSDP2 or DeepSpeed around the model, on CPUs as on GPUs; _move_model_to_device: a model that is to
+      be shared out is never whole on a device.
     - _clip_grad_norm, _get_grad_norm: from the norms of that check.
     - evaluate: perplexity.py, no logits kept; _evaluate: a signal may end a measurement; _determine_best_metric: a new best is saved
       at once, and patience is counted.
@@ -142,6 +143,8 @@ class TnlTrainer(Trainer):
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         wrapped, self.optimizer = self.engine.wrap(self.net, self.optimizer)
         return wrapped
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None: ...
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
         if not self.net.training:
@@ -345,6 +348,7 @@ class TnlTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is not None:
             checkpoint.load_training_state(Path(checkpoint_folder), self.optimizer, self.lr_scheduler, self.engine)
+            checkpoint.load_exact(self.net, Path(checkpoint_folder), self.engine)
 
     def _save_rng_state(self, output_dir: str) -> None: ...
 
