@@ -52,10 +52,10 @@ def test_a_7b_whose_every_weight_is_trained_on_eight_cards_of_24_gb() -> None:
     card = torch.device("cuda")
     alone, shared = (plan.make(TransnormerConfig(**SEVEN), None, torch.float32, card, backend="reference", parts=x) for x in (False, True))
     assert alone.layer * 30 + alone.outside == alone.weights + alone.trained
-    needed = Fsdp(Crew(0, 8), card).spread(shared).total(2048, True)
+    needed = Fsdp(Crew(0, 8), card).spread(shared).total(2048, "layer")
     share, whole = 4 * alone.trained / 8, 2 * (2 * alone.layer + alone.outside)
     assert share + whole < needed < share + whole + 5 * plan.GIB and needed < 23 * plan.GIB
-    assert alone.total(2048, True) > 4 * alone.trained
+    assert alone.total(2048, "layer") > 4 * alone.trained
 
 
 def test_a_7b_on_24_gb(seven: plan.Plan) -> None:

@@ -53,6 +53,8 @@ CPU_ROW = 4096
 GPU_ROW = 16384
 LENGTHS = (128, 1024, 1280)
 """Row lengths that are traced; up to 1,024 tokens the logits grow with the row."""
+LONGER = (2048, 4096)
+"""And these where gradients leave at once: beside them the rest of a short row does not show."""
 
 
 class Live(TorchDispatchMode):
@@ -123,10 +125,12 @@ class Plan:
     """and those outside the layers."""
     beside: int = 0
     """What is whole for a while of that which is shared out over processes."""
+    host: bool = True
+    """Whether what enters recomputed layers may wait in host memory."""
 
     def levels(self, checkpointing: bool, segments: bool = False) -> tuple[Level, ...]:
         """What may be computed again, the fastest first; segments: of rows that are streamed, what enters a layer stays on the device."""
-        all_of_them = LEVELS[:-1] if self.on_cpu or segments else LEVELS
+        all_of_them = LEVELS[:-1] if self.on_cpu or segments or not self.host else LEVELS
         return all_of_them[-1:] if checkpointing else all_of_them
 
     def total(self, tokens: int, level: Level) -> float:
@@ -316,16 +320,17 @@ def traced(config_json: str, section_json: str | None, dtype: torch.dtype, parts
         # the peak is that of one layer, and what enters the others: it shows when the first to be computed again is the widest
         config.linear_use_lrpe_list = [1] * config.decoder_layers
     section = None if section_json is None else LoraSection.model_validate_json(section_json)
+    lengths = (*LENGTHS, *LONGER) if parts else LENGTHS
     peaks: dict[int, list[int]] = {}
     for layers in (2, 3):  # the gradient of what enters the first is not computed
         model = shallow_model(config, layers, section, dtype, device, backend)
         recomputation.use(model, level)
         for p in (one for one in model.parameters() if parts and one.requires_grad):
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        peaks[layers] = [trace(model, tokens) for tokens in LENGTHS]
+        peaks[layers] = [trace(model, tokens) for tokens in lengths]
         del model
     more = config.decoder_layers - 2
-    return Curve(tuple((t, two + more * (three - two)) for t, two, three in zip(LENGTHS, peaks[2], peaks[3])))
+    return Curve(tuple((t, two + more * (three - two)) for t, two, three in zip(lengths, peaks[2], peaks[3])))
 
 
 def everywhere(section: LoraSection) -> LoraSection:

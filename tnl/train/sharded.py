@@ -36,7 +36,7 @@ class Sharded(Engine):
         """
         size, trained = self.crew.size, needs.trained / (needs.trained + needs.weights)
         beside = int((2 * needs.layer + needs.outside) * (1 + trained)) + needs.trained // size
-        return replace(needs, weights=needs.weights // size, trained=needs.trained // size, beside=beside)
+        return replace(needs, weights=needs.weights // size, trained=needs.trained // size, beside=beside, host=False)
 
     def settle(self, net: nn.Module, loss: Tensor, failed: bool) -> tuple[Tensor, bool]:
         return self.crew.sum(loss.float()), failed
@@ -131,7 +131,7 @@ class DeepSpeed(Sharded):
         if self.half:
             needs = replace(needs, states=2 * (1 + needs.states))  # kept in float32, and the weights once more
         if self.stage < 3:
-            return replace(needs, states=needs.states / self.crew.size)
+            return replace(needs, states=needs.states / self.crew.size, host=False)
         return super().spread(replace(needs, overhead=needs.overhead + self.buffers))
 
     @property
