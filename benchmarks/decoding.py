@@ -308,6 +308,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="a JSON file for every figure, written as they come; it is made anew")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if options.child:
         return child(options)
     if options.search:

@@ -367,13 +367,19 @@ def rival(clock: Clock, log: dict[str, Any]) -> None:
             print(f"{f'fla {B} x {T}':26} {one:8.4f} {two:8.4f}", flush=True)
 
 
+PARTS = {"ours": table, "fla": rival}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--search", action="store_true", help="time every plan of a list too")
+    parser.add_argument("--only", nargs="+", default=list(PARTS), choices=PARTS, help="ours, and fla in the same call")
     parser.add_argument("--out", type=Path, help="a JSON file for every time")
     options = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     log: dict[str, Any] = {}
     begin = time.time()
+    print("kernels against float64, which compiles them")
     with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count() or 1)) as pool:
         complaints = check_attention(pool) + check_others()
         print(f"parity took {time.time() - begin:.0f} s", flush=True)
@@ -384,8 +390,8 @@ def main() -> int:
     if complaints:
         print("PARITY FAILS; no table is printed:", *complaints[:20], sep="\n  ")
         return 1
-    for part in (table, rival):
-        part(clock, log)
+    for name in options.only:
+        PARTS[name](clock, log)
         if options.out:
             options.out.write_text(json.dumps(log), encoding="utf-8")
     return 0

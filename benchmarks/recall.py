@@ -18,6 +18,7 @@ share of right answers; --out writes them as JSON.
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -151,6 +152,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     runs = [train(way, arguments.steps, arguments.distance, arguments.segment) for way in arguments.ways]
     for run in runs:
         print(f"{run['way']}: {TESTED} new documents of {arguments.distance:,} tokens: {run['test']}")

@@ -16,6 +16,7 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -115,23 +116,50 @@ GOALS = {"lost to HTTP and scheduling, 128 streams": (0.05, True)}
 """Issue 6's, for one H100."""
 
 
+def alone(engine: Engine, options: argparse.Namespace, say: Callable[..., None]) -> None:
+    """The engine without a server."""
+    through, graph = rate(engine, options.streams, 3.0)
+    print(f"engine alone {through:.0f} tok/s (graph {graph:.0f})")
+    say(engine=through, graph=graph)
+
+
+def through_the_server(engine: Engine, options: argparse.Namespace, say: Callable[..., None]) -> None:
+    """The same through HTTP, and what clients see of it."""
+    through, times, (begin, end) = served(engine, options.streams, options.seconds)
+    print(f"served {through:.0f} tok/s")
+    gaps = sorted(b - a for one in times for a, b in pairwise(one) if begin <= a and b <= end)
+    heard = sum(begin <= one <= end for stream in times for one in stream) / (end - begin)
+    p99 = gaps[int(len(gaps) * 0.99)] * 1e3
+    print(f"clients heard {heard:.0f} pieces a second (a character of several bytes is one piece)")
+    print(f"gap between a stream's pieces: median {statistics.median(gaps) * 1e3:.1f} ms, p99 {p99:.1f} ms, worst {gaps[-1] * 1e3:.1f} ms")
+    say(served=through, heard=heard, p99_ms=p99)
+
+
+PARTS = {"alone": alone, "served": through_the_server}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="7b", help="a size of random_model.py")
+    parser.add_argument("--only", nargs="+", default=list(PARTS), choices=PARTS, help="what is lost needs both")
     parser.add_argument("--streams", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=20, help="how long the clients listen, their coming included")
     parser.add_argument("--no-parity", action="store_true")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures, written as they come")
     options = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"{torch.cuda.get_device_name() if device == 'cuda' else 'CPU'}, torch {torch.__version__}, {options.streams} streams")
     tokenizer = BaiChuanTokenizer.from_pretrained(TOKENIZER)
-    if not options.no_parity and (
-        complaints := Forms(options.model, device, tokenizer).slots((options.streams,), "auto", 60) + texts(device)
-    ):
-        print("PARITY FAILS; no figure is printed:", *complaints, sep="\n  ")
-        return 1
+    if not options.no_parity:
+        print("is what the engine says in full batches what the references say?")
+        complaints = Forms(options.model, device, tokenizer).slots((options.streams,), "auto", 60) + texts(device)
+        if complaints:
+            print("PARITY FAILS; no figure is printed:", *complaints, sep="\n  ")
+            return 1
     gc.collect()  # graphs and engines of the parity check, which hold one another
-    model = in_memory(options.model, device, torch.bfloat16 if device == "cuda" else torch.float32, backend="triton")
+    print(f"random weights of the {options.model}, an engine of {options.streams} slots")
+    model = in_memory(options.model, device, torch.bfloat16 if device == "cuda" else torch.float32)
     engine = Engine(model, tokenizer, adapters=Adapters(model), slots=options.streams, prefix_bytes=0, queue=2 * options.streams)
     engine.warm()
     figures: dict[str, float] = {}
@@ -141,23 +169,13 @@ def main() -> int:
         if options.out:
             options.out.write_text(json.dumps(figures, indent=1), encoding="utf-8")
 
-    print(f"{torch.cuda.get_device_name() if device == 'cuda' else 'CPU'}, torch {torch.__version__}, {options.streams} streams")
-    alone, graph = rate(engine, options.streams, 3.0)
-    print(f"engine alone {alone:.0f} tok/s (graph {graph:.0f})", flush=True)
-    say(engine=alone, graph=graph)
-    through, times, (begin, end) = served(engine, options.streams, options.seconds)
-    gaps = [b - a for one in times for a, b in pairwise(one) if begin <= a and b <= end]
-    heard = sum(begin <= one <= end for stream in times for one in stream) / (end - begin)
-    ordered = sorted(gaps)
-    p99 = ordered[int(len(ordered) * 0.99)] * 1e3
-    print(f"served {through:.0f} tok/s: lost {1 - through / alone:.1%}")
-    print(f"clients heard {heard:.0f} pieces a second (a character of several bytes is one piece)")
-    print(
-        f"gap between a stream's pieces: median {statistics.median(gaps) * 1e3:.1f} ms, p99 {p99:.1f} ms, worst {ordered[-1] * 1e3:.1f} ms"
-    )
-    say(served=through, heard=heard, p99_ms=p99, lost=1 - through / alone)
-    if options.streams == 128:
-        print(table({next(iter(GOALS)): 1 - through / alone}, GOALS))
+    for name in sorted(options.only):  # the server ends the engine
+        PARTS[name](engine, options, say)
+    if {"engine", "served"} <= figures.keys():
+        say(lost=1 - figures["served"] / figures["engine"])
+        print(f"lost {figures['lost']:.1%}")
+        if options.streams == 128:
+            print(table({next(iter(GOALS)): figures["lost"]}, GOALS))
     return 0
 
 

@@ -1,6 +1,7 @@
 """Real tokens a second and peak memory of `tnl train` itself, read from its metrics.jsonl.
 
     python benchmarks/training.py --models 7b 1b --data huanhuan.json --work /tmp/bench
+    python benchmarks/training.py --models 7b --only "1 x 2,048" --work /dev/shm/bench --seconds 300
 
 Every figure comes from the command a person runs, on random weights of the real shapes. None is printed unless the golden
 values pass on this device, the loss falls and every gradient norm is finite and not zero.
@@ -9,6 +10,7 @@ values pass on this device, the loss falls and every gradient norm is finite and
 import argparse
 import json
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -66,8 +68,8 @@ def long_text(path: Path, tokens: int) -> Path:
     return path
 
 
-def measure(name: str, model: Path, data: Path, work: Path) -> dict[str, object]:
-    """Run `tnl train` on one kind of work; returns its row of the table."""
+def measure(name: str, model: Path, data: Path, work: Path, seconds: float) -> dict[str, object]:
+    """Run `tnl train` on one kind of work, for so many seconds at most, all that it says shown; returns its row of the table."""
     form, batch, accumulation, length, steps, checkpointing = WORK[name]
     work.mkdir(parents=True, exist_ok=True)
     train = data if form == "alpaca" else long_text(work / "text.txt", length * batch * steps * 2)
@@ -78,9 +80,12 @@ def measure(name: str, model: Path, data: Path, work: Path) -> dict[str, object]
     recipe.write_text(RECIPE.format(**values), encoding="utf-8")
     start = time.monotonic()
     command = [sys.executable, "-m", "tnl", "train", str(recipe), *OVERRIDES.get(name, [])]
-    made = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    try:
+        made = subprocess.run(command, cwd=ROOT, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return {"work": name, "failed": "no time was left"}
     if made.returncode:
-        return {"work": name, "failed": f"exit {made.returncode}: {made.stderr.strip().splitlines()[-1:]}"}
+        return {"work": name, "failed": f"exit {made.returncode}: see above"}
     paths = json.loads((work / "run" / "run.json").read_text(encoding="utf-8"))["paths"]
     fast = paths["attention"] == "Triton" and paths["lora"] == "fused" and (checkpointing == "true" or paths["step"] == "in CUDA graphs")
     if name in OVERRIDES and "once" not in paths["rows"]:
@@ -105,24 +110,32 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["1b"])
     parser.add_argument("--work", type=Path, required=True, help="a folder for models and runs")
     parser.add_argument("--data", type=Path, default=ROOT / "tnl" / "demo" / "persona.json", help="instruction records")
-    parser.add_argument("--only", nargs="+", default=list(WORK), help="names of the work to measure")
+    parser.add_argument("--only", nargs="+", default=list(WORK), choices=WORK, metavar="WORK", help=f"one or more of {', '.join(WORK)}")
+    parser.add_argument("--seconds", type=float, default=3600, help="when to stop, whatever is left")
     parser.add_argument("--out", type=Path, help="a JSON file for the rows")
     arguments = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    end = time.monotonic() + arguments.seconds
+    print("golden values")
     parity()
     rows = []
     for size in arguments.models:
+        print(f"random weights of the {size} in {arguments.work / size}")
         model = write(size, arguments.work / size)
-        for number, name in enumerate(arguments.only):
-            row = {"model": size} | measure(name, model, arguments.data.resolve(), arguments.work / f"{size}-{number}")
+        for name in arguments.only:
+            print(f"== {size}, {name}")
+            folder = arguments.work / f"{size}-{list(WORK).index(name)}"
+            shutil.rmtree(folder, ignore_errors=True)  # a finished run would be left as it is
+            row = {"model": size} | measure(name, model, arguments.data.resolve(), folder, max(end - time.monotonic(), 0.1))
             rows.append(row)
-            print(json.dumps(row, ensure_ascii=False), flush=True)
+            print(json.dumps(row, ensure_ascii=False))
+            if arguments.out:
+                arguments.out.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"\n{card}, torch {torch.__version__}, commit {commit or 'unknown'}\n\n| model | work | tokens/s | peak GiB |\n|---|---|---|---|")
     for row in rows:
         print(f"| {row['model']} | {row['work']} | {row.get('tokens_per_second', row.get('failed'))} | {row.get('peak_gib', '')} |")
-    if arguments.out:
-        arguments.out.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
