@@ -132,14 +132,14 @@ class DeepSpeed(Sharded):
             needs = replace(needs, states=2 * (1 + needs.states))  # kept in float32, and the weights once more
         if self.stage < 3:
             return replace(needs, states=needs.states / self.crew.size, host=False)
-        return super().spread(replace(needs, overhead=needs.overhead + self.buffers))
+        return super().spread(replace(needs, overhead=needs.overhead + self.buffers(needs.weights + needs.trained)))
 
-    @property
-    def buffers(self) -> int:
-        """Bytes that stage 3 takes for itself: gradients that are being summed, weights that have been gathered ahead."""
-        given, sizes = self.config["zero_optimization"], {"reduce_bucket_size": 500_000_000, "stage3_max_live_parameters": 1_000_000_000}
-        elements = sum(size if given.get(name, "auto") == "auto" else int(given[name]) for name, size in sizes.items())
-        return elements * (2 if self.half else 4)
+    def buffers(self, weights: int) -> int:
+        """Bytes that stage 3 takes for itself: weights that have been gathered ahead, and on a GPU gradients that are being summed."""
+        given, size = self.config["zero_optimization"], 2 if self.half else 4
+        sizes = {"stage3_max_live_parameters": 1_000_000_000, "reduce_bucket_size": 500_000_000}
+        ahead, summed = (size * (usual if given.get(name, "auto") == "auto" else int(given[name])) for name, usual in sizes.items())
+        return min(ahead, weights) + (summed if self.device.type == "cuda" else 0)  # on a CPU memory that is not written is not taken
 
     def prepare(self, net: nn.Module) -> None:
         if self.half:
