@@ -40,7 +40,7 @@ from tnl.train.callbacks import read_metrics
 LONGEST_NAME = 20
 READ_TOKENS = 100_000
 AFTER_READING = "after_reading.jsonl"
-PASSAGE = (100, 1000)
+PASSAGE = (100, 6000)
 """Characters."""
 SYSTEM = "你是茶馆里的说书人。"
 BARS = "▁▂▃▄▅▆▇█"
@@ -202,14 +202,15 @@ def prepare(out: Path, name: str) -> tuple[Path, list[str]]:
 
 
 def after_reading(records: Sequence[dict[str, str]]) -> Iterator[dict[str, Any]]:
-    """A third of the records whose answer serves several questions once more, asked after a passage of the novel.
+    """A fifth of the records whose answer serves several questions once more, of every such answer, asked after a passage of the novel.
 
-    The character shall hold out against what was read: without these, questions after 100,000 tokens are answered out of the novel
-    (docs/log.md).
+    The character shall hold out against what was read: without these, questions after 100,000 tokens are answered out of the novel,
+    and after short passages alone all by one sentence (docs/log.md).
     """
     rng, novel = random.Random(0), three_kingdoms()
     uses = Counter(record["output"] for record in records)
-    for record in [record for record in records if uses[record["output"]] > 1][::3]:
+    often = [record for record in records if uses[record["output"]] > 1]
+    for record in sorted(often, key=lambda record: record["output"])[::5]:
         length = round(math.exp(rng.uniform(*map(math.log, PASSAGE))))
         start = rng.randrange(len(novel) - length)
         turns = {"system": f"{novel[start : start + length]}\n{SYSTEM}", "user": record["instruction"], "assistant": record["output"]}
