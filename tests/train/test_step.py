@@ -136,6 +136,16 @@ def test_a_seed_repeats_dropout() -> None:
     assert steps.seed_of(1, 2) != steps.seed_of(2, 1)
 
 
+def test_dropout_does_not_ask_where_the_data_lies() -> None:
+    model, records = make_model(LoraSection(r=2, lora_dropout=0.5)), make_records()
+    here, there, renumbered = (
+        [{**record, "id": f"{place}:record {i + first}"} for i, record in enumerate(records)]
+        for place, first in (("/one/data.json", 1), ("/other/data.json", 1), ("/one/data.json", 2))
+    )
+    losses = [float(steps.step(model, rows, Rows(10_000), seed=1).loss) for rows in (here, there, renumbered)]
+    assert losses[0] == losses[1] != losses[2]
+
+
 @pytest.mark.parametrize("layout", [{"budget": 40}, {"padded": 3}, {"padded": 8}, {"segment_length": 16}])
 def test_dropout_is_the_same_however_rows_are_laid_out(layout: dict[str, int]) -> None:
     """Its masks are a function of the step, the record and the token's position in it."""

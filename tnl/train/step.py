@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -174,7 +175,7 @@ def step(
     engine: where several processes train together, each computes its share; loss and gradients are those of all records.
     graphed: computes rows as CUDA graphs; None: eagerly.
     seed: where the step's random numbers start, so that a repeated step repeats them; an adapter's dropout masks are a function of it,
-    of the record's id and of the token's position in the record, however rows are laid out. Reads nothing from the device.
+    of the record's file and number and of the token's position in the record, however rows are laid out. Reads nothing from the device.
     Raises DataError where no token is supervised, MemoryBudgetError where even the smallest rows do not fit.
     """
     supervised = sum(map(count_supervised, records))
@@ -182,7 +183,8 @@ def step(
         raise DataError(names(records), "no token of these records is supervised", "Give records with an answer.")
     if seed is not None:
         shared = {"shared_draw": (rows.shared, seed_of(seed, "shared tokens"))} if rows.shared else {}
-        records = [{**record, "draw": seed_of(seed, str(record["id"])), **shared} for record in records]
+        # of the id, the file's name without its folder: a run is the same wherever its data lies
+        records = [{**record, "draw": seed_of(seed, Path(str(record["id"])).name), **shared} for record in records]
     engine = engine or alone(model)
     mine = engine.share(records)
     while True:
