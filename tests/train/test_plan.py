@@ -167,7 +167,7 @@ def test_a_cpu_run_takes_what_was_planned(tmp_path: Path, level: str) -> None:
     planned = float(re.search(r"4,096 tokens.*: ([\d.]+) of [\d.]+ GiB", said).group(1))  # type: ignore[union-attr]
     peak = max(line["peak_memory_reserved"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")) / plan.GIB
     assert {"none": "recomputed nothing", "glu": "recomputed GLUs", "layer": "recomputed layers"}[level] in said
-    assert peak == pytest.approx(planned, rel=0.25), said
+    assert 0.6 * planned < peak < 1.15 * planned, said  # how much of what was freed the C library keeps differs from machine to machine
 
 
 @pytest.mark.slow

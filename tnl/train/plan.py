@@ -41,7 +41,8 @@ FRAGMENTS = 1.08
 nothing and with layers computed again."""
 HEAP: dict[Level, float] = {"none": 0.9, "glu": 1.9, "layer": 6.0, "host": 6.0}
 """How much of a row's bytes the C library keeps on a CPU after they were freed, 1 GiB at most: chosen from readings of the demo base with
-rows of 4,096 tokens (larger models' tensors go straight back to the system): there GLUs computed again took 1.9 GiB, all kept 1.6."""
+rows of 4,096 tokens (larger models' tensors go straight back to the system). They scatter: GLUs computed again took 1.3 GiB on one
+machine and 1.9 on another, so the larger is planned."""
 LATER = 64 * 1024**2
 """What the program takes on a CPU behind the plan, beside tensors: Trainer, autograd's threads. Read on the demo base: 45 to 60 MiB."""
 CPU_SHARE = 0.7
