@@ -18,7 +18,7 @@ demo: .venv/.installed
 	.venv/bin/tnl demo --name '$(NAME)'
 
 test: .venv/.dev
-	.venv/bin/python -m pytest -n 2 --dist loadfile
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/.dev
 	.venv/bin/python -m pytest -m slow --timeout=1800 -n 2 --dist loadfile

@@ -169,6 +169,9 @@ def test_fake_tensors_and_registration() -> None:
     torch.library.opcheck(
         torch.ops.tnl.lightning_attention, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
     )
+    back = [x.detach() if isinstance(x, torch.Tensor) else x for x in (v, initial, *args)]
+    for arguments in (back, [back[0], None, *back[2:6], None, None, None, False]):
+        torch.library.opcheck(torch.ops.tnl.lightning_attention_backward, tuple(arguments), test_utils=("test_schema", "test_faketensor"))
 
 
 def valid() -> dict[str, Any]:

@@ -270,67 +270,39 @@ def _local_states(
     return local, d_local
 
 
-@torch.library.custom_op("tnl::lightning_attention", mutates_args=())
-def _op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    segment_start: Tensor | None,
-    initial_state: Tensor | None,
-    restart_state: Tensor | None,
-    silu: bool,
-) -> tuple[Tensor, Tensor]:
-    return forward(q, k, v, log_decay, segment_start, initial_state, restart_state, silu)
+_SEQUENCES = (
+    "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? segment_start, Tensor? initial_state, Tensor? restart_state, bool silu"
+)
+
+
+@torch.library.custom_op("tnl::lightning_attention", mutates_args=(), schema=f"({_SEQUENCES}) -> (Tensor, Tensor)")
+def _op(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return forward(*arguments)
 
 
 @_op.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    segment_start: Tensor | None,
-    initial_state: Tensor | None,
-    restart_state: Tensor | None,
-    silu: bool,
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     (B, T, H, K), V = q.shape, v.shape[3]
     return q.new_empty(B, T, H, V), q.new_empty(B, H, K, V, dtype=torch.float32)
 
 
-@torch.library.custom_op("tnl::lightning_attention_backward", mutates_args=())
-def _backward_op(
-    do: Tensor,
-    d_final: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    segment_start: Tensor | None,
-    initial_state: Tensor | None,
-    restart_state: Tensor | None,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *grads, d_restart = backward(do, d_final, q, k, v, log_decay, segment_start, initial_state, restart_state, silu)
-    return *grads, q.new_empty(0) if d_restart is None else d_restart  # type: ignore[return-value]
+@torch.library.custom_op(
+    "tnl::lightning_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor do, Tensor? d_final, {_SEQUENCES}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward_op(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *grads, d_restart = backward(do, *arguments)
+    return *grads, do.new_empty(0) if d_restart is None else d_restart  # type: ignore[return-value]
 
 
 @_backward_op.register_fake
 def _(
-    do: Tensor,
-    d_final: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    segment_start: Tensor | None,
-    initial_state: Tensor | None,
-    restart_state: Tensor | None,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    do: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, start: Tensor | None, *others: Any
+) -> tuple[Tensor, ...]:
     (B, _, H, K), V = q.shape, v.shape[3]
-    restarts = restart_state is not None and segment_start is not None
+    _, restart_state, _ = others
+    restarts = restart_state is not None and start is not None
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     return dq, dk, dv, q.new_empty(B, H, K, V, dtype=torch.float32), log_decay.new_empty((H, K, V) if restarts else (0,))
 
