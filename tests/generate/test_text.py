@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tnl.generate.text import TextStream, overlap, whole_characters
@@ -26,6 +26,16 @@ def test_a_character_comes_whole() -> None:
 def test_a_broken_character_is_shown_at_the_end() -> None:
     assert "".join(stream([BYTES[0xF0], BYTES[0x9F]])) == "\ufffd\ufffd"
     assert "".join(stream([BYTES[0xE4], *TOKENIZER.sp_model.encode("b")])) == "\ufffd b"
+
+
+@given(st.text(alphabet=LETTERS, min_size=1, max_size=20), st.integers(1, 9))
+def test_a_text_that_goes_on_with_another_keeps_its_first_blank(text: str, at: int) -> None:
+    ids = TOKENIZER.sp_model.encode("起" + text)
+    stream = TextStream(TOKENIZER, goes_on=True)
+    rest = "".join(stream.push(i) for i in ids[at:]) + stream.finish()
+    first = TOKENIZER.sp_model.decode(ids[:at])
+    assume("\ufffd" not in first + rest)  # cut within a character
+    assert first + rest == TOKENIZER.sp_model.decode(ids)
 
 
 def test_rows_of_a_padded_vocabulary_have_no_text() -> None:

@@ -102,8 +102,29 @@ def test_logprobs(live: Any) -> None:
     told = [one for chunk in streamed[:-1] if chunk["choices"][0]["logprobs"] for one in chunk["choices"][0]["logprobs"]["content"]]
     assert told == content
     plain = text["choices"][0]["logprobs"]
+    assert all(len(top) == 2 for top in plain["top_logprobs"])
     assert len(plain["tokens"]) == len(plain["token_logprobs"]) == len(plain["text_offset"]) == 4 and plain["text_offset"][0] == 0
-    assert all(1 <= len(top) <= 2 for top in plain["top_logprobs"])
+
+
+def test_a_text_goes_on_with_its_blank_and_offsets_point_into_it(live: Any) -> None:
+    ask = {"model": "tiny-base", "prompt": "曹操", "max_tokens": 6, "logprobs": 0, "temperature": 2, "top_k": 0, "n": 8}
+    with live.client() as client:
+        choices = [one for seed in range(0, 64, 8) for one in client.post("/v1/completions", json={**ask, "seed": seed}).json()["choices"]]
+    tokens = [
+        (choice, token, at) for choice in choices for token, at in zip(choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"])
+    ]
+    assert any(at == 0 and token.startswith(" ") for _, token, at in tokens)
+    assert all(choice["text"][at:].startswith(token) for choice, token, at in tokens if not token.startswith("bytes:"))
+    halves = [token for _, token, _ in tokens if token.startswith("bytes:")]
+    assert halves and all(len(token) == len("bytes:\\xe4") for token in halves)
+
+
+def test_what_nobody_foresaw_is_an_error_like_others(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live.service.runs, "all", lambda: 1 / 0)
+    with live.client() as client:
+        reply = client.get("/v1/runs")
+        assert client.get("/health").status_code == 200
+    assert reply.status_code == 500 and reply.json()["error"]["type"] == "server_error" and "division" not in reply.text
 
 
 def test_stop_texts_and_ids(live: Any) -> None:

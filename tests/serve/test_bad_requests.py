@@ -123,6 +123,7 @@ def test_fields(live: Any, param: str, value: Any) -> None:
         ("messages[0].content", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/"}}]}]),
         ("messages[0].content", [{"role": "user"}]),
         ("messages[0].name", [{**USER, "name": "x"}]),
+        ("messages[0].tool_calls", [{**USER, "tool_calls": []}]),
         ("messages[0].content", [{"role": "user", "content": "half a pair: \ud800"}]),
         ("messages[0]", ["x"]),
         ("messages[1].role", [USER, {"role": "system", "content": "x"}]),
@@ -150,7 +151,7 @@ def test_messages(live: Any, param: str, messages: Any) -> None:
         ("prompt", ["x"] * 17),
         ("prompt", None),
         ("prompt", 3),
-        ("n", ["x"] * 9),
+        ("prompt", ["x"] * 9),
     ],
 )
 def test_prompts(live: Any, param: str, prompt: Any) -> None:

@@ -18,6 +18,15 @@ def client(live: Any) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0)
 
 
+def test_a_reply_goes_back_as_it_came(client: openai.OpenAI) -> None:
+    """As everybody writes it: the message of the reply is the next request's."""
+    whole = client.chat.completions.create(model="one", messages=MESSAGES, max_tokens=4)
+    message = whole.choices[0].message
+    for back in (message, message.model_dump(), message.model_dump(exclude_none=True)):
+        again = client.chat.completions.create(model="one", messages=[*MESSAGES, back, MESSAGES[1]], max_tokens=4)  # type: ignore[list-item]
+        assert again.usage is not None and whole.usage is not None and again.usage.prompt_tokens > whole.usage.prompt_tokens
+
+
 def test_openai(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny-base", "broken", "one", "two"]
     assert client.models.retrieve("one").id == "one"

@@ -28,7 +28,7 @@ class Draft:
         self.generator = seeded(None if request.seed is None else request.seed + index)
         self.history: History | None = None
         """What has stood before, where the settings ask and the host draws."""
-        self.text = TextStream(tokenizer, request.stop)
+        self.text = TextStream(tokenizer, request.stop, goes_on=request.goes_on)
         self.ids: list[int] = []
         self.last: Piece | None = None
         """The piece that ends it: the engine hands it over once the slot is free."""

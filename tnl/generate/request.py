@@ -41,6 +41,8 @@ class Request:
     """Answers wanted."""
     logprobs: int | None = None
     """How many of the most probable tokens are told beside each that was drawn; None tells nothing."""
+    goes_on: bool = False
+    """Whether its text goes on with the prompt's; else it is one of its own, before whose first word there is no blank."""
     adapter: str | None = None
     """Key of a loaded adapter (`Adapters.load`); None is the base."""
 

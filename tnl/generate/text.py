@@ -13,16 +13,17 @@ REPLACEMENT = "\ufffd"
 class TextStream:
     """An answer's text, piece by piece; all pieces joined are what decoding all ids at once gives (special tokens left out).
 
+    goes_on: the text goes on with another; then a blank that it begins with is kept.
     stop: the text ends before the first of these strings; `stopped` is then True, and what is pushed later changes nothing.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), *, goes_on: bool = False) -> None:
         self.sp = tokenizer.sp_model
         self.stop = tuple(text for text in stop if text)
         self.stopped = False
         self._special = frozenset(tokenizer.all_special_ids)
         self._pieces = self.sp.get_piece_size()
-        self._head: list[int] | None = []
+        self._head: list[int] | None = None if goes_on else []
         """Ids from the start until one of them shows, since the first blank is no text; None from then on."""
         self._bytes = b""
         """Of a character whose bytes have not all come."""

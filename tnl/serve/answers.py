@@ -9,7 +9,7 @@ from typing import Any
 
 from tnl.generate.engine import Engine
 from tnl.generate.request import Answer, Logprob, Piece
-from tnl.generate.text import BYTE
+from tnl.generate.text import BYTE, TextStream
 from tnl.serve import schema
 from tnl.serve.stream import Asked
 
@@ -104,7 +104,7 @@ class ChatWriter(Writer):
     def token(self, token_id: int, value: float) -> dict[str, Any]:
         """A token, its bytes and its logprob."""
         data = token_bytes(self.tokenizer, token_id)
-        return {"token": data.decode("utf-8", "replace"), "bytes": list(data), "logprob": value}
+        return {"token": token_name(self.tokenizer, token_id), "bytes": list(data), "logprob": value}
 
 
 class TextWriter(Writer):
@@ -114,7 +114,8 @@ class TextWriter(Writer):
 
     def __init__(self, engine: Engine, wanted: schema.CompletionRequest, asked: Asked) -> None:
         super().__init__(engine, wanted, asked)
-        self._offsets: dict[int, int] = {}
+        self._said: dict[int, tuple[TextStream, int]] = {}
+        """Each answer's text as far as logprobs were told of it, and its length."""
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         return {"index": index, "text": answer.text, "logprobs": self.told(index, answer.logprobs), "finish_reason": answer.finish}
@@ -129,15 +130,29 @@ class TextWriter(Writer):
         """Logprobs as plain completions have them."""
         if self.wanted.told is None:
             return None
-        texts = [token_bytes(self.tokenizer, one.id).decode("utf-8", "replace") for one in logprobs]
-        offsets = []
-        for text in texts:
-            offsets.append(self._offsets.get(index, 0))
-            self._offsets[index] = offsets[-1] + len(text)
-        tops = [
-            {token_bytes(self.tokenizer, token_id).decode("utf-8", "replace"): value for token_id, value in one.top} for one in logprobs
-        ]
-        return {"tokens": texts, "token_logprobs": [one.value for one in logprobs], "top_logprobs": tops, "text_offset": offsets}
+        stream, said = self._said.get(index) or (TextStream(self.tokenizer, goes_on=True), 0)
+        names, offsets = [token_name(self.tokenizer, one.id) for one in logprobs], []
+        for name, one in zip(names, logprobs):
+            text = stream.push(one.id)
+            # behind the parts of a character that did not come whole
+            offsets.append(said + len(text) - len(name) if text.endswith(name) else said)
+            said += len(text)
+        self._said[index] = stream, said
+        return {
+            "tokens": names,
+            "token_logprobs": [one.value for one in logprobs],
+            "top_logprobs": [{token_name(self.tokenizer, token_id): value for token_id, value in one.top} for one in logprobs],
+            "text_offset": offsets,
+        }
+
+
+def token_name(tokenizer: Any, token_id: int) -> str:
+    """A token's text, or as OpenAI writes a part of a character: bytes:\\xe4."""
+    data = token_bytes(tokenizer, token_id)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def token_bytes(tokenizer: Any, token_id: int) -> bytes:

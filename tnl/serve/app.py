@@ -69,6 +69,7 @@ def create_app(service: Service, *, api_key: str | None = None, local: bool = Fa
     app.add_exception_handler(ApiError, lambda _, error: error.response())  # type: ignore[attr-defined]
     app.add_exception_handler(RequestValidationError, refuse_parameter)
     app.add_exception_handler(HTTPException, refuse_route)
+    app.add_exception_handler(Exception, unforeseen)
     add_completions(app, service)
     add_models(app, service)
     add_watching(app, service)
@@ -166,6 +167,8 @@ def add_watching(app: FastAPI, service: Service) -> None:
 def ask(service: Service, wanted: schema.Sampling, served: Served, prompts: list[tuple[int, ...]], ends: tuple[str, ...] = ()) -> Asked:
     """Hand prompts to the engine. Raises ApiError: 400 where they are too much, 429, 503."""
     engine, limits, n = service.engine, service.limits, wanted.n or 1
+    if len(prompts) > limits.answers:
+        raise ApiError(400, f"prompt: at most {limits.answers} are answered in one request here", param="prompt")
     if n * len(prompts) > limits.answers or n > len(engine.slots):
         most = min(limits.answers // len(prompts), len(engine.slots))
         raise ApiError(400, f"n: at most {most} answers are given here to {len(prompts)} prompts", param="n")
@@ -180,6 +183,7 @@ def ask(service: Service, wanted: schema.Sampling, served: Served, prompts: list
             wanted.settings(served.settings, limits.max_tokens),
             stop_ids=(*stop_ids(engine.tokenizer), *(wanted.stop_token_ids or ())),
             stop=(*ends, *wanted.stop_texts),
+            goes_on=wanted.goes_on,
             seed=wanted.seed,
             n=n,
             logprobs=wanted.told,
@@ -210,6 +214,11 @@ def refuse_route(_: HttpRequest, error: Exception) -> Response:
     """No such route or method."""
     assert isinstance(error, HTTPException)
     return ApiError(error.status_code, error.detail, headers=error.headers).response()
+
+
+def unforeseen(_: HttpRequest, _error: Exception) -> Response:
+    """A mistake of ours, which uvicorn writes to the log; it then closes the connection."""
+    return ApiError(500, "something went wrong here; see the server's log", headers={"Connection": "close"}).response()
 
 
 def body_of(model: type[BaseModel]) -> dict[str, Any]:

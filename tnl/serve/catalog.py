@@ -59,18 +59,22 @@ class Catalog:
 
     def cards(self) -> list[ModelCard]:
         """What GET /v1/models lists."""
-        return [self.card(name) for name in (self.base.name, *self.folders())]
+        return [self._card(self.base.name), *(self._card(name, folder) for name, folder in self.folders().items())]
 
     def card(self, name: str) -> ModelCard:
         """One of them. Raises ApiError 404."""
-        if name != self.base.name and name not in self.folders():
+        folder = None if name == self.base.name else self.folders().get(name)
+        if folder is None and name != self.base.name:
             raise unknown_model(name)
-        served = self.base if name == self.base.name else self._loaded.get(name)
+        return self._card(name, folder)
+
+    def _card(self, name: str, folder: Path | None = None) -> ModelCard:
+        served = self.base if folder is None else self._loaded.get(name)
         loaded = served is not None and (served.adapter is None or served.adapter in self.adapters.keys)
         system = served.system if served else None
-        if served is None:
-            with suppress(TnlError):
-                system = read_adapter_metadata(self.folders()[name]).system
+        if served is None and folder is not None:
+            with suppress(TnlError, OSError):
+                system = read_adapter_metadata(folder).system
         return ModelCard(id=name, created=self.created, root=self.base.name, loaded=loaded, system=system)
 
     async def take(self, name: str, *, anew: bool = False) -> Served:
@@ -80,17 +84,14 @@ class Catalog:
         """
         if name == self.base.name:
             return self.base
+        folder = (await asyncio.to_thread(self.folders)).get(name)
+        if folder is None:
+            raise unknown_model(name)
+        if not anew and (served := self._held(name)):  # without the lock: nobody waits while another adapter is read
+            return served
         async with self._lock:
-            folder = (await asyncio.to_thread(self.folders)).get(name)
-            if folder is None:
-                raise unknown_model(name)
-            served = None if anew else self._loaded.get(name)
-            if served is not None and served.adapter is not None:
-                try:
-                    self.adapters.hold(served.adapter)
-                    return served
-                except KeyError:
-                    pass
+            if not anew and (served := self._held(name)):
+                return served
             try:
                 self._loaded[name] = served = await asyncio.to_thread(self._load, name, folder)
             except AdaptersBusy as error:
@@ -100,6 +101,15 @@ class Catalog:
                 message = f'the adapter "{name}" was refused: {what.replace(str(folder), name)}'
                 raise ApiError(400, message, param="model", code="adapter_refused") from None
             return served
+
+    def _held(self, name: str) -> Served | None:
+        """An adapter that is in memory, held now."""
+        served = self._loaded.get(name)
+        if served is not None and served.adapter is not None:
+            with suppress(KeyError):
+                self.adapters.hold(served.adapter)
+                return served
+        return None
 
     def release(self, served: Served) -> None:
         """The request has been handed over, or has failed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -51,8 +51,15 @@ class Strict(BaseModel):
 
 
 class Message(Strict):
+    """What replies hold besides may come back with a conversation, as long as it says nothing."""
+
     role: Literal["system", "user", "assistant"]
     content: Text
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
 
 
 class StreamOptions(Strict):
@@ -62,6 +69,8 @@ class StreamOptions(Strict):
 class Sampling(Strict):
     """What chat and plain completions share. What is not given, or null, is as the model was taught."""
 
+    goes_on: ClassVar[bool] = False
+    """Whether an answer's text goes on with the prompt's."""
     model: Annotated[str, Field(max_length=200)]
     """A name that GET /v1/models lists."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -123,6 +132,7 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """POST /v1/completions: text goes on as it stands, no template; ids are read as they are."""
 
+    goes_on: ClassVar[bool] = True
     prompt: Text | Texts | Ids | Annotated[list[Ids], Field(fail_fast=True, min_length=1, max_length=16)]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
@@ -247,6 +257,8 @@ def parse(model: type[Model], body: bytes) -> Model:
         what = UNIONS.get(param or "") or lowered(first["msg"])
         if first["type"] == "extra_forbidden":
             what = "is not a field of this request"
+        elif first["type"] == "none_required":
+            what = "is not supported by this server: leave it out"
         raise ApiError(400, f"{param or 'the body'}: {what}", param=param) from None
 
 
