@@ -108,6 +108,12 @@ def test_segments_of_a_row(segments: int, monkeypatch: pytest.MonkeyPatch) -> No
         check(40, B=1, states=states, packed=packed)
 
 
+def test_a_sequence_that_enters_a_long_segment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And ends in it, 1,287 tokens on: only these send a gradient back to the state between the segments."""
+    use(monkeypatch, SMALL._replace(segments=2, chunk=256))
+    check(2600, B=1, H=1, packed=True, states=True, decay=-1e-4)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("silu", [False, True])
 def test_dtypes(dtype: torch.dtype, silu: bool, monkeypatch: pytest.MonkeyPatch) -> None:

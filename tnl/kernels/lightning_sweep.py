@@ -261,6 +261,12 @@ def _local_state(
     reach = tl.minimum(30.0 / tl.maximum(-g, 1e-9), 1e9).to(tl.int32) + C
     if REVERSE:
         end = tl.minimum(end, begin + reach)
+        if start is not None:  # as far as the sequence that runs at t0 goes
+            own = 0
+            for n in range(tl.cdiv(end - t0, 1024)):
+                o_t = t0 + n * 1024 + tl.arange(0, 1024)
+                own += tl.sum((tl.load(start + i_b * T + o_t, mask=o_t < end, other=2147483647) < t0).to(tl.int32), 0)
+            end = t0 + own
     else:
         at_end = 0
         if start is not None:
@@ -277,8 +283,7 @@ def _local_state(
         b_w = tl.exp(g * tl.maximum(b_steps, 0))
         if start is not None:
             if REVERSE:
-                b_start = tl.load(start + i_b * T + o_t, mask=o_t < T, other=2147483647)
-                b_w = tl.where(b_start < t0, b_w, 0.0)
+                b_w = tl.where(o_t < end, b_w, 0.0)
             else:
                 b_w = tl.where(o_t >= at_end, b_w, 0.0)
         b_s = tl.dot(tl.trans(b_y), (b_z * b_w[:, None]).to(b_z.dtype), b_s, input_precision=PRECISION)
