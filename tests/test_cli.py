@@ -105,7 +105,7 @@ def test_every_target_exists_and_takes_what_it_is_given(command: str) -> None:
     options = typer.main.get_command(cli.app).commands[command].params  # type: ignore[attr-defined]
     names = [parameter.name for parameter in options if parameter.name not in ("help", "num_processes")]
     positional = {"serve": ("model_or_run", "host", "port"), "page": ("model_or_run", "server", "port")}.get(command, names)
-    by_name = ("memory", "allow_change", *(cli.TALK if command in ("chat", "generate") else ()))
+    by_name = ("memory", "allow_change", *((cli.SEED | cli.TALK) if command in ("chat", "generate") else ()))
     shared = [name for name in names if name in by_name or name not in positional]
     inspect.signature(target).bind(*(name for name in names if name not in shared), **dict.fromkeys(shared))
 
@@ -133,8 +133,8 @@ def test_several_processes_run_the_same_command_without_that_option(
         (["train", "r.yaml", "train.max_steps=-1"], ((Path("r.yaml"), ["train.max_steps=-1"]), {"memory": None, "allow_change": []})),
         (["check", "r.yaml", "--memory", "24"], ((Path("r.yaml"), []), {"memory": 24.0, "allow_change": []})),
         (["resume", "output/x", "--allow-change", "train.seed"], ((Path("output/x"),), {"memory": None, "allow_change": ["train.seed"]})),
-        (["merge", "output/x", "merged"], ((Path("output/x"), Path("merged"), "auto", None), {})),
-        (["merge", "output/x", "merged", "--dtype", "float32"], ((Path("output/x"), Path("merged"), "float32", None), {})),
+        (["merge", "output/x", "merged"], ((Path("output/x"), Path("merged"), "auto", None, None), {})),
+        (["merge", "a/b", "m", "--dtype", "float32", "--hub", "modelscope"], ((Path("a/b"), Path("m"), "float32", None, "modelscope"), {})),
         (["download", "a/b", "--hub", "modelscope"], (("a/b", "modelscope", None, None), {})),
         (["demo", "--name", "小红"], (("小红", Path("output/demo")), {})),
         (["evaluate", "r.yaml"], ((Path("r.yaml"), []), {})),
@@ -153,7 +153,25 @@ def test_arguments_reach_their_function(
 
 def test_chat_hands_on_its_options(target: Callable[..., list[Any]]) -> None:
     calls = target()
-    assert main("chat", "output/x", "--temperature", "0", "--top-p", "0.5", "--max-new-tokens", "9", "--seed", "3", "--base", "b") == 0
+    assert (
+        main(
+            "chat",
+            "output/x",
+            "--temperature",
+            "0",
+            "--top-p",
+            "0.5",
+            "--max-new-tokens",
+            "9",
+            "--seed",
+            "3",
+            "--base",
+            "b",
+            "--hub",
+            "modelscope",
+        )
+        == 0
+    )
     assert calls[0][0] == ("output/x", None)
     assert main("chat", "output/x", "--resume", "talk.safetensors") == 0 and calls[1][0] == ("output/x", Path("talk.safetensors"))
     given = {name: value for name, value in calls[0][1].items() if value is not None}
@@ -163,6 +181,7 @@ def test_chat_hands_on_its_options(target: Callable[..., list[Any]]) -> None:
         "max_new_tokens": 9,
         "seed": 3,
         "base": "b",
+        "hub": "modelscope",
         "device": "auto",
         "dtype": "auto",
     }
@@ -173,7 +192,7 @@ def test_generate_hands_on_prompt_and_file(target: Callable[..., list[Any]]) -> 
     assert main("generate", "demo", "你是谁？", "--dtype", "float32") == 0
     assert main("generate", "demo", "--file", "questions.txt") == 0
     assert calls[0][0] == ("demo", "你是谁？", None) and calls[0][1]["dtype"] == "float32"
-    assert calls[1][0] == ("demo", None, Path("questions.txt")) and set(calls[1][1]) == set(cli.TALK)
+    assert calls[1][0] == ("demo", None, Path("questions.txt")) and set(calls[1][1]) == set(cli.TALK | cli.SEED)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +204,8 @@ def test_generate_hands_on_prompt_and_file(target: Callable[..., list[Any]]) -> 
         (["chat", "x", "--temprature", "1"], "command line: no option is called --temprature. Did you mean --temperature?"),
         (["chat", "x", "--temperature", "hot"], "command line: invalid value for '--temperature'"),
         (["chat", "x", "--top-p", "2"], "command line: invalid value for '--top-p'"),
+        (["serve", "x", "--seed", "3"], "command line: no option is called --seed."),
+        (["chat", "a/b", "--hub", "gitee"], "command line: invalid value for '--hub': 'gitee' is not one of 'huggingface', 'modelscope'."),
         (["chat", "x", "--seed"], "command line: option '--seed' requires an argument"),
         (["train", "r.yaml", "--learning-rate", "1"], "replaced by words without dashes: train.learning_rate=VALUE"),
         (["train", "r.yaml", "--batch_size", "4"], "without dashes: train.per_device_train_batch_size=VALUE"),

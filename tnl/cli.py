@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -59,10 +59,13 @@ app = typer.Typer(
 Allow = Annotated[list[str] | None, typer.Option(help="A field of the run that may have changed since it began; recorded in run.json.")]
 Memory = Annotated[float | None, typer.Option(min=0.5, help="GiB of the GPU that may be used, as if the card were smaller.")]
 Processes = Annotated[int | None, typer.Option(min=1, help="Processes on this machine that train together, one a GPU.")]
+HubName = Literal["huggingface", "modelscope"]
+Hub = Annotated[HubName, typer.Option(help="The hub.")]
+HubOr = Annotated[HubName | None, typer.Option(help="Where owner/name is fetched from; huggingface without it.")]
 Base = Annotated[str | None, typer.Option(help="The base model, where it is no longer where the run found it.")]
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file such as those in recipes/.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Values that replace the recipe's.")]
-Talker = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A model's folder or repository, demo, or the folder of a run.")]
+Talker = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A model's folder, demo, the folder of a run, or owner/name on a hub.")]
 Decorated = TypeVar("Decorated", bound=Callable[..., None])
 TALK: dict[str, tuple[Any, Any]] = {
     "system": (Annotated[str | None, typer.Option(help="The system prompt; without it that of the run.")], None),
@@ -70,12 +73,16 @@ TALK: dict[str, tuple[Any, Any]] = {
     "temperature": (Annotated[float | None, typer.Option(min=0.0, help="0 always takes the most probable token.")], None),
     "top_p": (Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Draw from the tokens that together reach this share.")], None),
     "max_new_tokens": (Annotated[int | None, typer.Option(min=1, help="Tokens an answer may have.")], None),
-    "seed": (Annotated[int | None, typer.Option(min=0, help="Where the draws start: the same seed gives the same answer.")], None),
     "base": (Base, None),
+    "hub": (HubOr, None),
     "device": (Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")], "auto"),
     "dtype": (Annotated[str, typer.Option(help="auto, bfloat16 or float32.")], "auto"),
 }
 """What chat, generate, serve and page have in common: name -> (type and help, default)."""
+SEED: dict[str, tuple[Any, Any]] = {
+    "seed": (Annotated[int | None, typer.Option(min=0, help="Where the draws start: the same seed gives the same answer.")], None)
+}
+"""Of chat and generate alone: each request to a server has its own."""
 SERVE: dict[str, tuple[Any, Any]] = {
     "adapters": (Annotated[Path | None, typer.Option(help="A folder of adapters or runs, each served by its name beside the base.")], None),
     "runs": (
@@ -157,7 +164,7 @@ def check(recipe: RecipePath, overrides: Overrides = None, memory: Memory = None
 
 
 @app.command()
-@_takes(TALK)
+@_takes(TALK, SEED)
 def chat(
     model_or_run: Talker,
     resume: Annotated[Path | None, typer.Option(metavar="FILE", help="Go on with a conversation that /save kept.")] = None,
@@ -168,7 +175,7 @@ def chat(
 
 
 @app.command()
-@_takes(TALK)
+@_takes(TALK, SEED)
 def generate(
     model_or_run: Talker,
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The question.")] = None,
@@ -223,15 +230,16 @@ def merge(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of the merged model; must not exist.")],
     dtype: Annotated[str, typer.Option(help="auto (the base's), bfloat16 or float32.")] = "auto",
     base: Base = None,
+    hub: HubOr = None,
 ) -> None:
     """Write base and adapter as one model that needs no peft."""
-    _call("merge", run, out, dtype, base)
+    _call("merge", run, out, dtype, base, hub)
 
 
 @app.command()
 def download(
     repo: Annotated[str, typer.Argument(metavar="REPO", help="owner/name, for example OpenNLPLab/TransNormerLLM-385M.")],
-    hub: Annotated[str, typer.Option(help="huggingface or modelscope.")] = "huggingface",
+    hub: Hub = "huggingface",
     revision: Annotated[str | None, typer.Option(help="A commit, tag or branch.")] = None,
     out: Annotated[Path | None, typer.Option(help="The folder; without it the hub's cache.")] = None,
 ) -> None:
@@ -243,7 +251,7 @@ def download(
 def push(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="owner/name; it is made if it is not there.")],
-    hub: Annotated[str, typer.Option(help="huggingface or modelscope.")] = "huggingface",
+    hub: Hub = "huggingface",
     public: Annotated[bool, typer.Option("--public", help="Let everybody see it; without it the repository is private.")] = False,
     base: Annotated[str | None, typer.Option(help="owner/name of the base on that hub, where the run trained on a local folder.")] = None,
 ) -> None:
@@ -391,7 +399,7 @@ def _usage(error: Any) -> str:
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
         return ""
-    message = str(error.format_message()).strip().split("\n")[0]
+    message = str(error.format_message()).strip().split("\n")[0].replace("Value error, ", "")
     context = getattr(error, "ctx", None)
     todo = f"See {context.command_path} --help." if context else "See tnl --help."
     if type(error).__name__ == "NoSuchOption":

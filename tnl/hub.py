@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from tnl import paths
-from tnl.errors import ModelError, RecipeError
+from tnl.errors import ModelError
 from tnl.hubs import huggingface, modelscope
 from tnl.storage import storage
 
@@ -13,18 +13,11 @@ HUBS = {"huggingface": huggingface, "modelscope": modelscope}
 DEMO = Path(__file__).parent / "demo" / "base"
 
 
-def run(repo: str, hub: str = "huggingface", revision: str | None = None, out: Path | None = None) -> None:
+def run(repo: str, hub: Hub = "huggingface", revision: str | None = None, out: Path | None = None) -> None:
     """Download a model and print where it lies."""
-    require_hub(hub)
-    folder = download(repo, hub=hub, revision=revision, out=out)  # type: ignore[arg-type]
+    folder = download(repo, hub=hub, revision=revision, out=out)
     print(folder)
     print(f"Talk to it: tnl chat {folder}" if (folder / "adapter_config.json").is_file() else f"Write in a recipe: model.path: {folder}")
-
-
-def require_hub(hub: str) -> None:
-    """Raise RecipeError for a hub that there is not."""
-    if hub not in HUBS:
-        raise RecipeError("command line", f"--hub is {hub!r} (needed: {' or '.join(HUBS)})")
 
 
 def resolve(path: str, hub: Hub = "huggingface", revision: str | None = None, *, weights: bool = True) -> Path:

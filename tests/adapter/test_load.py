@@ -186,3 +186,15 @@ def test_an_adapter_that_names_no_base(make_adapter: Make) -> None:
         (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": word}), encoding="utf-8")
         with pytest.raises(ModelError, match=f"{match}.*--base"):
             base_folder(folder)
+
+
+def test_a_base_that_no_file_places_is_asked_of_the_hub_that_is_named(
+    base: Path, make_adapter: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_adapter()
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "owner/base"}), encoding="utf-8")
+    asked: list[Any] = []
+    monkeypatch.setattr("tnl.hub.download", lambda repo, *, hub, **_: asked.append((repo, hub)) or base)
+    assert base_folder(folder, None, "modelscope") == base_folder(folder, "owner/other", "modelscope") == base
+    assert asked == [("owner/base", "modelscope"), ("owner/other", "modelscope")]

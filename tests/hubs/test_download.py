@@ -292,7 +292,7 @@ def test_settings_alone_are_enough_for_a_check(kind: str, small: Any, tnl: Any) 
 
 
 def test_an_unknown_hub_is_a_mistake_of_the_command_line(huggingface: Any, tnl: Any) -> None:
-    one_error(tnl(huggingface, "download", "owner/pickled", "--hub", "gitee"), 2, "huggingface or modelscope")
+    one_error(tnl(huggingface, "download", "owner/pickled", "--hub", "gitee"), 2, "'gitee' is not one of 'huggingface', 'modelscope'")
 
 
 def test_an_adapter_may_not_name_any_hub() -> None:
@@ -329,6 +329,13 @@ generation: {{max_new_tokens: 2}}
     small.close()
     done = tnl(small, code=ask)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "run on owner/demo", done.stderr
+
+
+def test_a_model_is_asked_of_the_hub_that_is_named(kind: str, small: Any, tnl: Any) -> None:
+    small.served.files["owner/demo"] = {path.name: path.read_bytes() for path in hub.DEMO.iterdir() if path.is_file()}
+    done = tnl(small, "generate", "owner/demo", "你好", "--hub", kind, "--max-new-tokens", "2", "--device", "cpu")
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    assert [path for path, _ in contents(small) if "model.safetensors" in path]
 
 
 def test_a_check_fetches_no_weights(huggingface: Any, tnl: Any, tmp_path: Path) -> None:

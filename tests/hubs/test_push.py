@@ -50,7 +50,7 @@ def test_a_run_is_pushed_with_a_card_and_comes_back(kind: str, run: Path, tnl: A
     assert "| training, first | 1 |" in card and "| held out, lowest |" in card and "| question | before | after |" in card
     assert "lora_alpha: 32" in card and "run_name: first" in card
     assert card.count("````") == 2, "a text of the recipe must not end its block"
-    assert ("tnl chat me/storyteller" if kind == "huggingface" else "tnl download me/storyteller --hub modelscope --out ./story") in card
+    assert ("\ntnl chat me/storyteller\n" if kind == "huggingface" else "\ntnl chat me/storyteller --hub modelscope\n") in card
     assert f"path: owner/demo\n  hub: {kind}" in card
     for name, body in files.items():
         assert str(run.parent).encode() not in body and b"secret-place" not in body, name

@@ -101,10 +101,13 @@ def adapter_folder(folder: str | Path) -> Path:
     return path
 
 
-def base_folder(folder: Path, override: str | None = None) -> Path:
-    """Where the base of the adapter in `folder` is: the override, or what its files name. Raises ModelError."""
+def base_folder(folder: Path, override: str | None = None, source: hub.Hub = "huggingface") -> Path:
+    """Where the base of the adapter in `folder` is: the override, or what its files name. Raises ModelError.
+
+    source: the hub that is asked for owner/name, unless the files say which.
+    """
     if override is not None:
-        return hub.resolve(override)
+        return hub.resolve(override, source)
     base = read_adapter_metadata(folder).base
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     word = config.get("base_model_name_or_path")
@@ -125,7 +128,7 @@ def base_folder(folder: Path, override: str | None = None) -> Path:
                 return candidate.resolve()
         what = f"names no model that is here ({word[:100]})"
         raise ModelError(f"{folder / CONFIG}:base_model_name_or_path", what, "Give the base model with --base FOLDER")
-    return hub.resolve(word)
+    return hub.resolve(word, source)
 
 
 def base_of(model: nn.Module) -> Any:

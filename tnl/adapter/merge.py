@@ -52,16 +52,18 @@ class Report:
         )
 
 
-def run(run: str | Path, out: str | Path, dtype: str | None = None, base: str | None = None) -> None:
+def run(run: str | Path, out: str | Path, dtype: str | None = None, base: str | None = None, source: hub.Hub | None = None) -> None:
     """Merge the adapter of a run (or an adapter's own folder, or owner/name) into its base and write the model to `out`.
 
     dtype: of the merged weights; None or auto is the base's own. base: where the base model is now; None: where the adapter says.
+    source: the hub of an owner/name; None is huggingface.
     `out` must not exist, or be empty; it is there whole or not at all.
     Raises ModelError, NumbersError (not finite, or the merged model answers otherwise), StorageError.
     """
     target = free_folder(out)
-    adapter = adapter_folder(hub.resolve(str(run)))
-    weights = base_folder(adapter, base)
+    source = source or "huggingface"
+    adapter = adapter_folder(hub.resolve(str(run), source))
+    weights = base_folder(adapter, base, source)
     metadata = read_adapter_metadata(adapter)
     template = template_of(metadata, adapter)
     chosen = stored_dtype(weights) if dtype in (None, "auto") else as_dtype(dtype or "")

@@ -35,6 +35,8 @@ class Options(TypedDict, total=False):
     max_new_tokens: int | None
     seed: int | None
     base: str | None
+    hub: hub.Hub | None
+    """Where owner/name is fetched from, of the base too where nothing else names its hub; None: huggingface."""
     device: str
     dtype: str
 
@@ -53,6 +55,8 @@ class Talker:
     seed: int | None = None
     notices: list[str] = field(default_factory=list)
     """What a person should know before the first answer, one line each."""
+    adapter: Path | None = None
+    """The folder of the adapter in the model; None: it has none."""
 
     def conversation(self) -> Conversation:
         """A new conversation; any number can share the model."""
@@ -65,12 +69,13 @@ def resolve(word: str, options: Options | None = None) -> Talker:
     Raises ModelError where it is none of these or its parts do not belong together, RecipeError for an option that cannot apply.
     """
     options = options or {}
-    folder = hub.resolve(word)
+    source = options.get("hub") or "huggingface"
+    folder = hub.resolve(word, source)
     notices: list[str] = []
     adapter, whole = find(folder, notices)
     if adapter is None and options.get("base") is not None:
         raise RecipeError("--base", f"{word} is a model, not an adapter, and needs no base", "Leave --base out")
-    weights = whole if adapter is None else base_folder(adapter, options.get("base"))
+    weights = whole if adapter is None else base_folder(adapter, options.get("base"), source)
     taught = adapter or weights
     metadata = read_adapter_metadata(taught)
     template = choose_template(metadata, taught, options.get("template"), notices)
@@ -85,7 +90,7 @@ def resolve(word: str, options: Options | None = None) -> Talker:
     )
     system = metadata.system if options.get("system") is None else options["system"]
     name = word if adapter is None else f"{word} on {metadata.base.name if metadata.base else weights.name}"
-    return Talker(model, tokenizer, template, system or None, settings, name, options.get("seed"), notices)
+    return Talker(model, tokenizer, template, system or None, settings, name, options.get("seed"), notices, adapter)
 
 
 def find(folder: Path, notices: list[str]) -> tuple[Path | None, Path]:

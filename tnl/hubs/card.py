@@ -50,12 +50,10 @@ def write(work: RunDir, repo: str, hub: str, base: Base, adapted: bool) -> str:
 
 
 def use(repo: str, hub: str, base: Base, adapted: bool) -> str:
-    """The commands that talk to it. What `tnl chat` is given by owner/name it asks huggingface for."""
+    """The command that talks to it."""
+    place = "" if hub == "huggingface" else f" --hub {hub}"
     override = " --base FOLDER_OF_THE_BASE" if adapted and base.local else ""
-    if hub == "huggingface":
-        return f"tnl chat {repo}{override}"
-    folder = f"./{repo.partition('/')[2]}"
-    return f"tnl download {repo} --hub {hub} --out {folder}\ntnl chat {folder}{override}"
+    return f"tnl chat {repo}{place}{override}"
 
 
 def header(base: str, adapted: bool) -> str:

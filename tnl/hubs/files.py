@@ -235,8 +235,8 @@ def other(hub: str) -> str:
 
 
 def named(hub: str) -> str:
-    """How each caller can name a hub: chat, generate and serve fetch from huggingface, or take the folder that download printed."""
-    return f"{hub} (model.hub: {hub} in a recipe, else tnl download REPO --hub {hub} and the folder it prints)"
+    """How each caller can name a hub."""
+    return f"{hub} (model.hub: {hub} in a recipe, else --hub {hub})"
 
 
 def login(hub: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tnl import paths
 from tnl.errors import ModelError, RecipeError
-from tnl.hub import HUBS, require_hub
+from tnl.hub import HUBS, Hub
 from tnl.hubs import card
 from tnl.recipe.load import load
 from tnl.recipe.sections import ModelSection
@@ -18,13 +18,12 @@ from tnl.storage import seal, storage, verify, write_json, write_text
 CONFIG, METADATA = "adapter_config.json", "tnl.json"
 
 
-def run(run: Path, repo: str, hub: str = "huggingface", public: bool = False, base: str | None = None) -> None:
+def run(run: Path, repo: str, hub: Hub = "huggingface", public: bool = False, base: str | None = None) -> None:
     """Upload a finished run's adapter (without LoRA: its model) and print the address.
 
     base: owner/name of the base there, where the run trained on a local folder. The repository is private unless public is set.
     Raises ModelError (no finished run, damaged files, the hub), RecipeError, StorageError.
     """
-    require_hub(hub)
     for word, given in (("REPO", repo), ("--base", base)):
         if given is not None and not paths.is_repository(given):
             raise RecipeError("command line", f"{word} is {given!r} (needed: owner/name)", "Write, for example, me/huanhuan.")

@@ -26,7 +26,7 @@ from tnl.data.template import TEMPLATES
 from tnl.errors import RecipeError
 from tnl.generate.adapters import Adapters
 from tnl.generate.engine import STATE_WRITES, Engine
-from tnl.generate.resolve import Options, Talker, choose_settings, find, resolve
+from tnl.generate.resolve import Options, Talker, choose_settings, resolve
 from tnl.serve.app import Service, create_app
 from tnl.serve.catalog import NAME, RULE, Catalog, Served
 from tnl.serve.gate import Limits
@@ -139,8 +139,7 @@ def prepare(model_or_run: str, serving: Serving, options: Mapping[str, Any]) -> 
             raise RecipeError(folder, f"is no folder, as {name} needs", "Name a folder")
     wanted = Options(**{name: value for name, value in options.items() if name in Options.__annotations__})  # type: ignore[typeddict-item]
     talker = resolve(model_or_run, wanted)
-    adapter, _ = find(hub.resolve(model_or_run), [])
-    beside = adapter is not None and (serving.adapters is not None or not serving.merge)
+    beside = talker.adapter is not None and (serving.adapters is not None or not serving.merge)
     model, base = unwrapped(talker, beside), served_name(model_or_run)
     served = Served(base, talker.template, talker.system, talker.settings)
     weights = hub.DEMO if model.name_or_path == "demo" else Path(model.name_or_path)
@@ -160,8 +159,8 @@ def prepare(model_or_run: str, serving: Serving, options: Mapping[str, Any]) -> 
         queue=serving.queue,
     )
     catalog = Catalog(served, bank, root=serving.adapters, tokenizer=tokenizer_hash(weights))
-    if beside and adapter is not None:
-        catalog.extra[served_name(model_or_run)] = adapter
+    if beside and talker.adapter is not None:
+        catalog.extra[served_name(model_or_run)] = talker.adapter
     return Service(engine, catalog, Runs(serving.runs), Metrics(engine), serving.limits), talker.notices
 
 
