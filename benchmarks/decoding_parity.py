@@ -16,9 +16,8 @@ from tnl.generate.slots import Wrap, forward, head, waiting_room
 from tnl.kernels import draw
 from tnl.kernels.deferred import EVERY
 from tnl.kernels.lightning_step_gate import lightning_step_gate
-from tnl.kernels.reference import recurrent_lightning_attention
+from tnl.kernels.reference import Rows, recurrent_lightning_attention
 from tnl.model.decay import log_decay
-from tnl.model.layer import Rows
 from tnl.model.load import load_model, load_tokenizer
 
 LAYERS = 3

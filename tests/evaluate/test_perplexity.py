@@ -53,6 +53,27 @@ def test_any_rows_give_the_loss_of_the_definition(model: TransnormerForCausalLM,
     assert result.value == pytest.approx(math.exp(expected), rel=1e-4)
 
 
+@pytest.mark.parametrize("budget", [10_000, 60, 30])
+def test_what_all_records_begin_with_is_computed_once_a_row(
+    model: TransnormerForCausalLM, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt, records = list(range(1, 21)), make_records()
+    for i, record in enumerate(records):
+        record["input_ids"] = [*prompt, 30 + i, *record["input_ids"]]
+        record["labels"] = [-100] * 21 + record["labels"]
+    expected, count = definition(model, records)
+    entered, forward = list[int](), model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda *args, **k: entered.append(k["input_ids"].shape[1]) or forward(*args, **k))
+    result = perplexity.loss(model, records, budget)
+    assert result.loss == pytest.approx(expected, rel=1e-6) and result.tokens == count
+    whole = sum(len(record["input_ids"]) for record in records)
+    if budget == 10_000:
+        assert entered == [whole - 4 * 20]
+    monkeypatch.setattr(perplexity, "LEAST", 21)
+    entered.clear()
+    assert perplexity.loss(model, records, 10_000).loss == pytest.approx(result.loss, rel=1e-6) and entered == [whole]
+
+
 def test_measuring_leaves_mode_gradients_and_randomness_alone(model: TransnormerForCausalLM) -> None:
     model.train()
     torch.manual_seed(5)

@@ -15,7 +15,7 @@ from tnl.generate.prefixes import load_state
 from tnl.generate.request import Request
 from tnl.generate.sampling import Settings
 from tnl.generate.slots import forward, head
-from tnl.model.layer import Rows
+from tnl.kernels.reference import Rows
 from tnl.model.load import load_model
 from tnl.model.tokenization_baichuan import BaiChuanTokenizer
 

@@ -155,6 +155,6 @@ def test_the_inputs_of_products_are_not_kept(number: int, again: bool) -> None:
 
 
 def dispatch_rows(T: int) -> object:
-    from tnl.model.layer import Rows
+    from tnl.kernels.reference import Rows
 
     return Rows(torch.arange(T, device=DEVICE)[None])

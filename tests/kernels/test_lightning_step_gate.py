@@ -21,21 +21,13 @@ def test_the_fused_step_is_the_reference(N: int, H: int, V: int, lrpe: bool, dty
     K = 2 * V if lrpe else V
     qkvu = torch.randn(N, 4 * H * V + 8, device=DEVICE).to(dtype)[:, : 4 * H * V]
     g, state = -torch.rand(H, device=DEVICE), torch.randn(N, H, K, V, device=DEVICE)
-    turns = reference.Rotary(torch.rand(H, 1, V, device=DEVICE), torch.arange(N, device=DEVICE)[:, None]) if lrpe else None
+    theta, positions = torch.rand(H, 1, V, device=DEVICE) if lrpe else None, torch.arange(N, device=DEVICE)[:, None]
+    mixer = reference.Mixer(lambda x: x, "swish", g.double(), theta)
+    turns = mixer.rotary(reference.Rows(positions))
     rotary = turns and turns.angles(torch.float32)
     live = torch.ones(N, device=DEVICE)
     live[-1] = N == 1
-    expected, after = reference.attention_norm_gate(
-        qkvu.double()[:, None],
-        norm=lambda x: x,
-        activation="swish",
-        rotary=turns,
-        log_decay=g.double(),
-        segment_start=None,
-        real=None,
-        lengths=None,
-        initial_state=state.double(),
-    )
+    expected, after = reference.attention_norm_gate(qkvu.double()[:, None], state.double(), mixer, reference.Rows(positions))
     flat = None if rotary is None else (rotary[0][:, 0], rotary[1][:, 0])
     before, twin = state.clone(), state.clone()
     found, sums = lightning_step_gate(qkvu, state, g, live, flat)
@@ -61,23 +53,15 @@ def test_a_state_whose_writing_waits_is_the_reference(N: int, H: int, V: int, lr
     k, v = (torch.where(there, torch.randn(N, H, W, dim, device=DEVICE), torch.nan).to(dtype) for dim in (K, V))
     ours = Deferred(state.clone(), state.to(dtype), k, v, waiting)
     exact = Deferred(*(x.double() for x in ours[:4]), waiting)
-    turns = reference.Rotary(torch.rand(H, 1, V, device=DEVICE), torch.arange(N, device=DEVICE)[:, None]) if lrpe else None
+    theta, positions = torch.rand(H, 1, V, device=DEVICE) if lrpe else None, torch.arange(N, device=DEVICE)[:, None]
+    mixer = reference.Mixer(lambda x: x, "swish", g.double(), theta)
+    turns = mixer.rotary(reference.Rows(positions))
     rotary = turns and turns.angles(torch.float32)
     live = torch.ones(N, device=DEVICE)
     live[-1] = 0
     before, on = Deferred(*(x.clone() for x in ours)), live.bool()
     qkvu = torch.randn(N, 4 * H * V, device=DEVICE).to(dtype)
-    expected, _ = reference.attention_norm_gate(
-        qkvu.double()[:, None],
-        norm=lambda x: x,
-        activation="swish",
-        rotary=turns,
-        log_decay=g.double(),
-        segment_start=None,
-        real=live[:, None],
-        lengths=None,
-        initial_state=exact,
-    )
+    expected, _ = reference.attention_norm_gate(qkvu.double()[:, None], exact, mixer, reference.Rows(positions, real=live[:, None]))
     found, sums = lightning_step_gate(qkvu, ours, g, live, None if rotary is None else (rotary[0][:, 0], rotary[1][:, 0]))
     assert (found.double() - expected[:, 0])[on].norm() < BOUND[dtype] * expected[:, 0][on].norm()
     assert not found[~on].any() and not sums[~on].any()

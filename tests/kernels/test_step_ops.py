@@ -12,9 +12,9 @@ pytest.importorskip("triton", reason="no Triton for this platform")
 
 from tnl.kernels import dispatch, step_ops
 from tnl.kernels.dispatch import REFERENCE
-from tnl.kernels.reference import simple_rms_norm
+from tnl.kernels.reference import Mixer, Rows, simple_rms_norm
 from tnl.kernels.row_linear import RowLinear
-from tnl.model.layer import LayerWeights, Rows, decoder_layer
+from tnl.model.layer import LayerWeights, decoder_layer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 D, H, G, ADAPTERS, R = 64, 2, 48, 3, 4
@@ -50,10 +50,10 @@ def layer(kind: str, dtype: torch.dtype, rows: Tensor | None = None) -> LayerWei
         for name, linear in list(projections.items()):
             A, B = (torch.randn(ADAPTERS, *shape, device=DEVICE) * 0.2 for shape in ((R, linear.in_features), (linear.out_features, R)))
             projections[name] = RowLinear(linear, A.to(dtype), B.to(dtype), rows)
-    norms = {"token_norm": norm(D), "mixer_norm": norm(D), "channel_norm": norm(D)}
+    norms = {"token_norm": norm(D), "channel_norm": norm(D)}
     theta = torch.rand(H, 1, D // H, device=DEVICE) if kind == "lrpe" else None
-    decay = -torch.rand(H, device=DEVICE)
-    return LayerWeights(**projections, **norms, log_decay=decay, theta=theta, activation="relu" if kind == "relu" else "silu")
+    mixer = Mixer(norm(D), "relu" if kind == "relu" else "silu", -torch.rand(H, device=DEVICE), theta)
+    return LayerWeights(**projections, **norms, mixer=mixer)
 
 
 def start(B: int, kind: str, dtype: torch.dtype, T: int = 1) -> tuple[Tensor, Tensor]:

@@ -323,10 +323,10 @@ def test_out_of_memory_ends_in_segments(monkeypatch: pytest.MonkeyPatch) -> None
     model, records = make_model(LORA, torch.float32), [make_record(1500, 1)]
     real, lines = steps.hidden_states, list[str]()
 
-    def meagre(model: nn.Module, batch: Batch, device: torch.device, shared: int) -> Tensor:
+    def meagre(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
         if batch["input_ids"].numel() > 600:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, batch, device, shared)
+        return real(model, batch, device)
 
     monkeypatch.setattr(steps, "hidden_states", meagre)
     rows = Rows(4096, say=lines.append)

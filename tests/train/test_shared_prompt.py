@@ -189,7 +189,7 @@ def test_the_budget_of_a_row_counts_the_prompt_once() -> None:
     rows = Rows(60, shared=PROMPT)
     sizes = [batch["input_ids"].shape[1] for batch in rows.batches(make_records())]
     assert sorted(sizes) == [PROMPT + 38, PROMPT + 43, PROMPT + 70]
-    hidden = steps.hidden_states(make(), rows.idle(), torch.device("cpu"), PROMPT)  # of a process that has fewer rows than the others
+    hidden = steps.hidden_states(make(), rows.idle(), torch.device("cpu"))  # of a process that has fewer rows than the others
     assert len(hidden) == PROMPT + 2 and hidden.isfinite().all()
 
 
@@ -199,10 +199,10 @@ def test_when_memory_runs_out_the_gradients_stay_the_same(monkeypatch: pytest.Mo
     records = make_records((3, 40, 9, 3, 25, 2, 300))
     expected = gradients(model, 1, records, shared=PROMPT)
 
-    def meagre(model: nn.Module, batch: dict[str, Tensor], device: torch.device, shared: int) -> Tensor:
+    def meagre(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> Tensor:
         if batch["input_ids"].numel() > 270:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, batch, device, shared)
+        return real(model, batch, device)
 
     monkeypatch.setattr(steps, "hidden_states", meagre)
     rows = Rows(10_000, shared=PROMPT)

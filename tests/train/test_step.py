@@ -174,11 +174,11 @@ class Meagre:
     def __init__(self, plain: int, recomputed: int) -> None:
         self.plain, self.recomputed, self.real = plain, recomputed, steps.hidden_states
 
-    def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor], device: torch.device, shared: int) -> torch.Tensor:
+    def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
         limit = self.recomputed if recomputation.level_of(model) == "layer" else self.plain
         if batch["input_ids"].numel() > limit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 320.00 MiB")
-        return self.real(model, batch, device, shared)
+        return self.real(model, batch, device)
 
 
 def test_out_of_memory_splits_rows_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,8 @@ def collate_rows(row: Sequence[Mapping[str, Any]], *, shared: int = 0, multiple:
 
     Positions restart at 0 with every record, which is how transformers marks packed rows. The first label of a record is -100:
     after the shift by one it would be learned from the record before. Of the first `shared` tokens, where all records begin with them,
-    the row has those of its first record alone; the others go on behind them, at position `shared`. `multiple` fills up with pad_id as
-    a segment of its own, not learned.
+    the row has those of its first record alone; the others go on behind them, at position `shared`, and the row says so ("shared", a
+    number). `multiple` fills up with pad_id as a segment of its own, not learned.
     Records that carry a number "draw" give dropout_keys, [1, T] int32: their tokens' masks are the same in any row (kernels/lora.py).
     """
     begins = [shared * (i > 0) for i in range(len(row))]
@@ -32,6 +32,8 @@ def collate_rows(row: Sequence[Mapping[str, Any]], *, shared: int = 0, multiple:
         labels[0, start + 1 : stop] = as_tensor(record["labels"])[begin + 1 :]
     places = [torch.arange(begin, begin + size) for begin, size in zip(begins, sizes)]
     batch = {"input_ids": ids, "labels": labels, "position_ids": torch.cat([*places, torch.arange(fill)])[None]}
+    if shared:
+        batch["shared"] = torch.tensor(shared)
     if "draw" in row[0]:
         keys = [record_keys(record, where) for record, where in zip(row, places)]
         batch["dropout_keys"] = torch.cat([*keys, torch.zeros(fill, dtype=torch.int32)])[None]

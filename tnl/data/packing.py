@@ -8,6 +8,9 @@ import numpy
 
 from tnl.data.template import IGNORED
 
+LEAST = 16
+"""Tokens: to share fewer spares less than the second launch of every layer's attention takes."""
+
 
 def pack(records: Sequence[Mapping[str, Any]], budget: int, shared: int = 0) -> list[list[Mapping[str, Any]]]:
     """Records in rows, as `pack_lengths` says."""

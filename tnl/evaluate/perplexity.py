@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tnl.data.collate import as_tensor, collate_rows
-from tnl.data.packing import pack
+from tnl.data.packing import LEAST, pack, shared_tokens
 from tnl.data.template import IGNORED
 from tnl.errors import DataError, MemoryBudgetError, NumbersError
 from tnl.model import stream
@@ -22,7 +22,7 @@ SMALLEST_BUDGET = 64
 """Tokens: shorter rows than this are not tried when memory runs out."""
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "dropout_keys")
-"""What of a batch the model reads."""
+"""What of a batch the model reads on its device; of a row that says so ("shared") also how many first tokens its records have in common."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ def count_supervised(record: Mapping[str, Any]) -> int:
     return int(numpy.count_nonzero(numpy.asarray(record["labels"])[1:] != IGNORED))
 
 
-def hidden_states(model: nn.Module, batch: dict[str, Tensor], device: torch.device, shared: int = 0) -> Tensor:
-    """The final hidden states of a batch, flattened to [B T, D]; the head is left to the caller. shared: as collate_rows has it."""
+def hidden_states(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> Tensor:
+    """The final hidden states of a batch, flattened to [B T, D]; the head is left to the caller."""
     inputs = {name: stream.to_device(batch[name], device) for name in INPUTS if name in batch}
-    return causal_lm(model).model(**inputs, use_cache=False, shared=shared).last_hidden_state.flatten(0, 1)
+    return causal_lm(model).model(**inputs, use_cache=False, shared=int(batch.get("shared", 0))).last_hidden_state.flatten(0, 1)
 
 
 def loss(
@@ -82,6 +82,7 @@ def loss(
 ) -> Perplexity:
     """Measure `model` on `records` ({"id", "input_ids", "labels"}), in rows of at most `row_budget` tokens (a longer record has one alone).
 
+    What all of them begin with, and none learns, is computed once a row.
     chunk: positions whose logits exist at once. Where memory runs out, both are halved. after_row is called after every row or segment
     and may raise to stop. Draws no random numbers and leaves the model's mode as it was. Raises DataError where nothing is supervised,
     NumbersError naming the record whose loss is not finite, MemoryBudgetError.
@@ -107,11 +108,13 @@ def measure(
     device = next(model.parameters()).device
     total, tokens = list[float](), 0
     by_position = stream.LossByPosition(device, stream.FIRST_BUCKET)
+    common = shared_tokens(records)
+    shared = common if common >= LEAST else 0
     # not inference_mode: FSDP2 makes the buffers here, at step 0, that it trains with later
     with evaluating(model), torch.no_grad():
-        for row in pack(records, row_budget):
+        for row in pack(records, row_budget, shared):
             summed = torch.zeros_like(by_position.sums[0])
-            for positions, losses in token_losses(model, row, device, chunk, row_budget):
+            for positions, losses in token_losses(model, row, device, chunk, row_budget, shared):
                 by_position.add(positions, losses)
                 summed, tokens = summed + losses.sum(dtype=summed.dtype), tokens + len(losses)
                 if after_row is not None:
@@ -140,16 +143,21 @@ def not_finite(model: nn.Module, row: Sequence[Mapping[str, Any]], device: torch
 
 
 def token_losses(
-    model: nn.Module, row: Sequence[Mapping[str, Any]], device: torch.device, chunk: int = 1024, budget: int = stream.SEGMENT
+    model: nn.Module,
+    row: Sequence[Mapping[str, Any]],
+    device: torch.device,
+    chunk: int = 1024,
+    budget: int = stream.SEGMENT,
+    shared: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Places in their records [M] (on the CPU) and losses [M] of all supervised tokens of a row, in order; a record that is longer than
-    budget, alone in its row, is read by segments.
+    budget, alone in its row, is read by segments. shared: as collate_rows.
     """
     length = min(budget, stream.SEGMENT)
     if len(row) == 1 and len(row[0]["input_ids"]) > length:
         yield from stream.token_losses(causal_lm(model), row[0]["input_ids"], row[0]["labels"], segment_length=length, chunk=chunk)
         return
-    batch = collate_rows(row)
+    batch = collate_rows(row, shared=shared)
     index, targets = supervised_positions(batch)
     hidden = hidden_states(model, batch, device)[index.to(device)]
     head = causal_lm(model).get_output_embeddings()

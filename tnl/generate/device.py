@@ -23,8 +23,7 @@ from tnl.generate.request import Logprob
 from tnl.generate.slots import Slots, copy_states, forward
 from tnl.kernels import dispatch, draw
 from tnl.kernels.graphs import Graphs
-from tnl.kernels.reference import Projection
-from tnl.model.layer import Rows
+from tnl.kernels.reference import Projection, Rows
 
 SIZES = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Tokens of a prompt that are read at once: the shapes that there are graphs for, cut at the engine's chunk."""

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tnl.kernels.deferred import EVERY, Deferred, fold_
 from tnl.kernels.dispatch import Ops
-from tnl.model.layer import LayerWeights, Rows, decoder_layer
+from tnl.kernels.reference import Rows
+from tnl.model.layer import LayerWeights, decoder_layer
 
 Wrap = Callable[[LayerWeights, int], LayerWeights]
 """A layer's weights and its number -> the weights with the adapters of this call's rows on them."""
@@ -76,7 +77,7 @@ class Slots:
         self.states = [torch.zeros(self.count, *shape, dtype=dtype, device=self.device) for shape in state_shapes(model.config)]
         self.deferred = [waiting_room(state, weight.dtype) for state in self.states] if deferred else []
         """One a layer, where states are written every 24th token."""
-        self.decays = [layer.weights().log_decay for layer in model.model.layers]
+        self.decays = [layer.weights().mixer.log_decay for layer in model.model.layers]
         self.ids = torch.zeros(self.count, 1, dtype=torch.long, device=self.device)
         """[slots, 1]: the token that each row reads next."""
         self.seen = torch.zeros(self.count, dtype=torch.long, device=self.device)

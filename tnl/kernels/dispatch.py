@@ -18,22 +18,7 @@ HALF_AND_SINGLE = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class AttentionNormGate(Protocol):
-    """Signature of `reference.attention_norm_gate`."""
-
-    def __call__(
-        self,
-        qkvu: Tensor,
-        *,
-        norm: reference.Projection,
-        activation: str,
-        rotary: reference.Rotary | None,
-        log_decay: Tensor,
-        segment_start: Tensor | None,
-        real: Tensor | None,
-        lengths: Tensor | None,
-        initial_state: Any,
-        shared: int = 0,
-    ) -> tuple[Any, Any]: ...
+    def __call__(self, qkvu: Tensor, state: Any, mixer: reference.Mixer, rows: reference.Rows, /) -> tuple[Any, Any]: ...
 
 
 class NormProject(Protocol):

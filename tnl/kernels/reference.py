@@ -234,6 +234,30 @@ class Rotary(NamedTuple):
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
+class Rows(NamedTuple):
+    """Where each token of a call stands."""
+
+    positions: Tensor  # [B, T] integer: its index in its sequence
+    segment_start: Tensor | None = None  # [B, T]: index in the row of its sequence's first token, -1: before this call; None: all -1
+    real: Tensor | None = None  # [B, T] bool: False where a token is padding
+    lengths: Tensor | None = None  # [B]: real tokens of a row, where padding follows them and the final state matters
+    dropout_keys: Tensor | None = None  # [B, T] int32: where an adapter's dropout masks come from (kernels/lora.py)
+    shared: int = 0  # so many first tokens of the row are every sequence's: segment_start counts from behind them, [B, T - shared]
+
+
+class Mixer(NamedTuple):
+    """What a layer's attention is made of, its projections left out."""
+
+    norm: Projection  # over all E of a token
+    activation: str  # of q and k
+    log_decay: Tensor  # [H] float32
+    theta: Tensor | None = None  # [H, 1, K] where the layer has LRPE
+
+    def rotary(self, rows: Rows) -> Rotary | None:
+        """What turns q and k, where the layer has LRPE."""
+        return None if self.theta is None else Rotary(self.theta, rows.positions)
+
+
 def linear_relative_position(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """LRPE (arXiv:2307.14995, sec. 3.1): [B, T, H, K] to [x cos, x sin], [B, T, H, 2K]; angles: cos and sin, [B, T, H, K]."""
     return torch.cat([(x * factor).to(x.dtype) for factor in angles], -1)
@@ -249,53 +273,46 @@ def norm_qkvu(x: Tensor, norm: Projection, qkvu_proj: Projection, draw: Draw | N
 
 def attention_norm_gate(
     qkvu: Tensor,  # [B, T, 4E]: q, k, v, u, each head-major
-    *,
-    norm: Projection,  # over all E of a token
-    activation: str,
-    rotary: Rotary | None,  # where LRPE is on
-    log_decay: Tensor,  # [H]
-    segment_start: Tensor | None,  # [B, T]
-    real: Tensor | None,  # [B, T] bool: False where a token is padding
-    lengths: Tensor | None,  # [B]: real tokens of a row, where padding follows them and the final state matters
-    initial_state: Tensor | Deferred | None,  # [B, H, K, V]; one whose writing waits is for T = 1, and is written in place
-    shared: int = 0,  # first tokens of the one row that all its sequences begin with: segment_start is of those behind them
+    state: Tensor | Deferred | None,  # [B, H, K, V] before this call; one whose writing waits is for T = 1, and is written in place
+    mixer: Mixer,
+    rows: Rows,
 ) -> tuple[Tensor, Any]:
     """u * norm(attention(f(q), f(k), v)): [B, T, E], and the final state [B, H, K, V]."""
-    heads = log_decay.shape[0]
+    heads, real = mixer.log_decay.shape[0], rows.real
     q, k, v, u = qkvu.chunk(4, -1)
     q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q, k, v))
-    if act := ACTIVATIONS.get(activation):
+    if act := ACTIVATIONS.get(mixer.activation):
         q, k = act(q), act(k)
-    if rotary is not None:
+    if rotary := mixer.rotary(rows):
         angles = rotary.angles(q.dtype)
         q, k = linear_relative_position(q, angles), linear_relative_position(k, angles)
-    if isinstance(initial_state, Deferred):
+    if isinstance(state, Deferred):
         live = None if real is None else real[:, 0]
-        o = deferred_lightning_attention(q[:, 0], k[:, 0], v[:, 0], log_decay, initial_state, live)
-        return u * norm(o.flatten(1)[:, None]), initial_state
+        o = deferred_lightning_attention(q[:, 0], k[:, 0], v[:, 0], mixer.log_decay, state, live)
+        return u * mixer.norm(o.flatten(1)[:, None]), state
     if real is not None:
         v = v * real[..., None, None]
     form = recurrent_lightning_attention if q.shape[1] == 1 else chunk_lightning_attention
-    o, state = attend(form, (q, k, v), log_decay, segment_start, initial_state, shared)
-    if lengths is not None:
-        state = padded_final_state(k, v, log_decay, lengths, segment_start, initial_state)
-    return u * norm(o.flatten(2)), state
+    o, after = attend(form, (q, k, v), state, mixer.log_decay, rows)
+    return u * mixer.norm(o.flatten(2)), after
 
 
 def attend(
     form: Callable[..., tuple[Tensor, Tensor]],  # of the attention
     qkv: tuple[Tensor, Tensor, Tensor],
+    state: Tensor | None,
     log_decay: Tensor,
-    segment_start: Tensor | None,
-    initial_state: Tensor | None,
-    shared: int,
+    rows: Rows,
 ) -> tuple[Tensor, Tensor]:
     """`form`; where the row's first `shared` tokens are every sequence's, each sequence behind them starts from the state they leave."""
-    if not shared:
-        return form(*qkv, log_decay, segment_start=segment_start, initial_state=initial_state)
-    first, state = form(*(x[:, :shared] for x in qkv), log_decay, initial_state=initial_state)
-    rest, state = form(*(x[:, shared:] for x in qkv), log_decay, segment_start=segment_start, restart_state=state[0])
-    return torch.cat([first, rest], 1), state
+    if not rows.shared:
+        o, after = form(*qkv, log_decay, segment_start=rows.segment_start, initial_state=state)
+        if rows.lengths is not None:
+            after = padded_final_state(*qkv[1:], log_decay, rows.lengths, rows.segment_start, state)
+        return o, after
+    first, after = form(*(x[:, : rows.shared] for x in qkv), log_decay, initial_state=state)
+    rest, after = form(*(x[:, rows.shared :] for x in qkv), log_decay, segment_start=rows.segment_start, restart_state=after[0])
+    return torch.cat([first, rest], 1), after
 
 
 def out_residual(x: Tensor, out_proj: Projection, residual: Tensor, draw: Draw | None = None) -> Tensor:

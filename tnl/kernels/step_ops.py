@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from tnl.kernels import reference, triton_ops
 from tnl.kernels.deferred import Deferred
-from tnl.kernels.dispatch import AttentionNormGate
 from tnl.kernels.lightning_step_gate import lightning_step_gate
 from tnl.kernels.lora import Draw
-from tnl.kernels.reference import Projection
+from tnl.kernels.reference import Mixer, Projection, Rows
 from tnl.kernels.row_linear import RowLinear
 from tnl.kernels.simple_rms_norm import norm_gate, simple_rms_norm
 from tnl.kernels.skinny_linear import LowRank, expand_, shrink, skinny_linear
@@ -52,44 +51,26 @@ def read_norm_qkvu(x: Tensor, norm: Projection, qkvu_proj: Projection, draw: Dra
 
 def attention_norm_gate(
     qkvu: Tensor,  # [B, 1, 4E]
-    *,
-    norm: Projection,
-    activation: str,
-    rotary: reference.Rotary | None,
-    log_decay: Tensor,
-    segment_start: Tensor | None,
-    real: Tensor | None,  # [B, 1]: 0 or False where a slot is to stay as it is
-    lengths: Tensor | None,
-    initial_state: Tensor | Deferred,  # updated in place
-    shared: int = 0,  # of rows that are packed: none here
+    state: Tensor | Deferred,  # updated in place
+    mixer: Mixer,
+    rows: Rows,  # real [B, 1]: 0 or False where a slot is to stay as it is
 ) -> tuple[Any, Any]:
     """As `reference.attention_norm_gate`; the first result is for `out_residual` of this module."""
-    eps, state = eps_of(norm), initial_state
+    eps, real = eps_of(mixer.norm), rows.real
     assert real is not None
-    if eps is None or activation not in SILU:
-        waits = isinstance(state, Deferred)
-        form: AttentionNormGate = reference.attention_norm_gate if waits else triton_ops.attention_norm_gate
-        mixed, new = form(
-            qkvu,
-            norm=norm,
-            activation=activation,
-            rotary=rotary,
-            log_decay=log_decay,
-            segment_start=None,
-            real=real if waits else None,
-            lengths=None,
-            initial_state=state,
-        )
-        if isinstance(state, Tensor):
-            state.copy_(torch.where(real.bool()[..., None, None], new, state))
+    if eps is None or mixer.activation not in SILU:
+        if isinstance(state, Deferred):
+            return reference.attention_norm_gate(qkvu, state, mixer, rows)
+        mixed, new = triton_ops.attention_norm_gate(qkvu, state, mixer, rows._replace(real=None))
+        state.copy_(torch.where(real.bool()[..., None, None], new, state))
         return mixed, state
     flat = None
-    if rotary is not None:
+    if rotary := mixer.rotary(rows):
         cos, sin = rotary.angles(qkvu.dtype)
         flat = cos[:, 0], sin[:, 0]
     # float16 could not hold u * o before its norm
     owed = len(qkvu) <= MOST and qkvu.dtype != torch.float16
-    values, sums = lightning_step_gate(qkvu[:, 0], state, log_decay, real[:, 0], flat, gate=owed)
+    values, sums = lightning_step_gate(qkvu[:, 0], state, mixer.log_decay, real[:, 0], flat, gate=owed)
     if owed:
         return Gated(values, sums, eps), state
     return norm_gate(values, qkvu[:, 0, -values.shape[1] :], eps)[:, None], state

@@ -14,7 +14,17 @@ from tnl.kernels.fused_linear import fused_linear
 from tnl.kernels.lightning_chunk import lightning_attention
 from tnl.kernels.lightning_step import lightning_step
 from tnl.kernels.lora import Draw, Lora, lora_of, project
-from tnl.kernels.reference import ACTIVATIONS, Pending, Projection, Rotary, attend, linear_relative_position, padded_final_state
+from tnl.kernels.reference import (
+    ACTIVATIONS,
+    Mixer,
+    Pending,
+    Projection,
+    Rotary,
+    Rows,
+    attend,
+    linear_relative_position,
+    padded_final_state,
+)
 from tnl.kernels.silu import silu, silu_backward
 from tnl.kernels.simple_rms_norm import norm_gate, simple_rms_norm
 
@@ -95,51 +105,40 @@ def l3_residual(x: Tensor | Halves | Pending, l3: Projection, residual: Tensor, 
 
 
 def attention_norm_gate(
-    qkvu: Tensor,
-    *,
-    norm: Projection,
-    activation: str,
-    rotary: Rotary | None,
-    log_decay: Tensor,
-    segment_start: Tensor | None,
-    real: Tensor | None,
-    lengths: Tensor | None,
-    initial_state: Tensor | None,
-    shared: int = 0,
-    restart: bool = False,
+    qkvu: Tensor, state: Tensor | None, mixer: Mixer, rows: Rows, restart: bool = False
 ) -> tuple[Tensor | Mixed, Tensor]:
     """As `reference.attention_norm_gate`; where nothing but SiLU, and angles that are not trained, is done to q and k, qkvu alone is kept.
 
-    restart: without gradients and of a batch of one, the initial state is where each sequence that begins in this call starts from.
+    restart: without gradients and of a batch of one, the state is where each sequence that begins in this call starts from.
     """
-    eps = eps_of(norm)
+    eps, log_decay, rotary, start = eps_of(mixer.norm), mixer.log_decay, mixer.rotary(rows), rows.segment_start
     frozen = rotary is None or not rotary.theta.requires_grad
-    fused = activation in SILU and frozen and real is None and lengths is None and eps is not None
+    fused = mixer.activation in SILU and frozen and rows.real is None and rows.lengths is None
     if fused and eps is not None and qkvu.shape[1] > 1 and not restart:
-        o, u, state = _Attention.apply(qkvu, log_decay, segment_start, initial_state, shared, rotary)
-        return Mixed(o, u, eps), state
+        o, u, after = _Attention.apply(qkvu, log_decay, start, state, rows.shared, rotary)
+        return Mixed(o, u, eps), after
     heads = log_decay.shape[0]
     q, k, v, u = qkvu.chunk(4, -1)
     q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q, k, v))
-    step = q.shape[1] == 1 and segment_start is None and initial_state is not None and not torch.is_grad_enabled()
-    inside = step and activation in SILU and rotary is None and lengths is None  # the step's kernel makes SiLU itself
-    if not inside and (act := ACTIVATIONS.get(activation)):
+    step = q.shape[1] == 1 and start is None and state is not None and not torch.is_grad_enabled()
+    inside = step and mixer.activation in SILU and rotary is None and rows.lengths is None  # the step's kernel makes SiLU itself
+    if not inside and (act := ACTIVATIONS.get(mixer.activation)):
         q, k = act(q), act(k)
     if rotary is not None:
         angles = rotary.angles(q.dtype)
         q, k = linear_relative_position(q, angles), linear_relative_position(k, angles)
-    if real is not None:
-        v = v * real[..., None, None]
-    if step and initial_state is not None:
-        state = initial_state.clone(memory_format=torch.contiguous_format)
-        o = lightning_step(q[:, 0], k[:, 0], v[:, 0], log_decay, state, silu=inside)[:, None]
-    elif restart and segment_start is not None and initial_state is not None:
-        o, state = lightning_attention(q, k, v, log_decay, segment_start=segment_start, restart_state=initial_state[0])
+    if rows.real is not None:
+        v = v * rows.real[..., None, None]
+    if step and state is not None:
+        after = state.clone(memory_format=torch.contiguous_format)
+        o = lightning_step(q[:, 0], k[:, 0], v[:, 0], log_decay, after, silu=inside)[:, None]
+        if rows.lengths is not None:
+            after = padded_final_state(k, v, log_decay, rows.lengths, None, state)
+    elif restart and start is not None and state is not None:
+        o, after = lightning_attention(q, k, v, log_decay, segment_start=start, restart_state=state[0])
     else:
-        o, state = attend(lightning_attention, (q, k, v), log_decay, segment_start, initial_state, shared)
-    if lengths is not None:
-        state = padded_final_state(k, v, log_decay, lengths, segment_start, initial_state)
-    return (u * norm(o.flatten(2)) if eps is None else Mixed(o.flatten(2), u, eps)), state
+        o, after = attend(lightning_attention, (q, k, v), state, log_decay, rows)
+    return (u * mixer.norm(o.flatten(2)) if eps is None else Mixed(o.flatten(2), u, eps)), after
 
 
 class _Attention(torch.autograd.Function):

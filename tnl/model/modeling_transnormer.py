@@ -15,11 +15,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from tnl.kernels.dispatch import Ops, ops
-from tnl.kernels.reference import simple_rms_norm
+from tnl.kernels.reference import Mixer, Rows, simple_rms_norm
 from tnl.model import convert
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.decay import log_decay
-from tnl.model.layer import LayerWeights, Rows, decoder_layer
+from tnl.model.layer import LayerWeights, decoder_layer
 from tnl.model.state import TransnormerCache
 
 
@@ -113,15 +113,12 @@ class TransnormerDecoderLayer(GradientCheckpointingLayer):
         return LayerWeights(
             token_norm=self.token_norm,
             qkvu_proj=mixer.qkvu_proj,
-            mixer_norm=mixer.norm,
+            mixer=Mixer(mixer.norm, self.activation, mixer.log_decay, None if mixer.lrpe is None else mixer.lrpe.theta),
             out_proj=mixer.out_proj,
             channel_norm=self.channel_norm,
             l1=glu.l1,
             l2=glu.l2,
             l3=glu.l3,
-            log_decay=mixer.log_decay,
-            theta=None if mixer.lrpe is None else mixer.lrpe.theta,
-            activation=self.activation,
             number=self.number,
         )
 

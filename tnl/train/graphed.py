@@ -41,6 +41,7 @@ class Graphed:
         The result is overwritten by the next row of this shape.
         """
         key = batch["input_ids"].shape[1], len(index)
+        fixed = {name: x for name, x in batch.items() if name == "shared"}  # the same in all rows of a run
         names = [name for name in INPUTS if name in batch]
         values = [*(batch[name] for name in names), index, targets, share]
         if not self.on or (key not in self.graphs.known and not self.worth(key)):
@@ -51,7 +52,7 @@ class Graphed:
         pinned = self.graphs.device.type == "cuda"
         for static, value in zip(self.inputs[key], values):
             static.copy_(value.pin_memory() if pinned else value, non_blocking=pinned)
-        self.graphs.prepare(key, lambda: self.body(self.inputs[key], names, loss), warm=True)
+        self.graphs.prepare(key, lambda: self.body(self.inputs[key], names, fixed, loss), warm=True)
         return self.graphs.run(key)
 
     def worth(self, key: tuple[int, int]) -> bool:
@@ -60,10 +61,10 @@ class Graphed:
         self.seen.add(key)
         return again and room
 
-    def body(self, inputs: list[Tensor], names: list[str], loss: RowLoss) -> Tensor:
+    def body(self, inputs: list[Tensor], names: list[str], fixed: Batch, loss: RowLoss) -> Tensor:
         """What is recorded."""
         *tensors, index, targets, share = inputs
-        value = loss(dict(zip(names, tensors)), index, targets) / share
+        value = loss(fixed | dict(zip(names, tensors)), index, targets) / share
         grads = torch.autograd.grad(value, self.parameters, allow_unused=True, materialize_grads=True)
         torch._foreach_add_(self.sums, grads)
         return value.detach()

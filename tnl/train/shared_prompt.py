@@ -4,12 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from tnl.data.packing import shared_tokens
+from tnl.data.packing import LEAST, shared_tokens
 from tnl.data.store import lengths_of
 from tnl.recipe.load import Recipe
-
-LEAST = 16
-"""Tokens: fewer spare less than the second launch of every layer's attention takes."""
 
 
 class Prompt(NamedTuple):

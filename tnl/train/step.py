@@ -249,7 +249,7 @@ def forward_backward(
 
 def row_loss(model: nn.Module, rows: Rows, batch: dict[str, Tensor], index: Tensor, targets: Tensor) -> Tensor:
     """Sum of the token losses of one batch; index [M]: which of its positions predict targets [M], -100 where a target is ignored."""
-    hidden = hidden_states(model, batch, index.device, rows.shared)
+    hidden = hidden_states(model, batch, index.device)
     return head_loss(model, hidden.index_select(0, index), targets, rows)
 
 
