@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
+from tnl.page.look import COLORS
 from tnl.page.run import start_page
 
 pytestmark = pytest.mark.slow
@@ -50,12 +52,12 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture
 def open_page(chromium: Browser, address: str, live: Any) -> Iterator[Open]:
-    """open_page(locale, size) -> a page of a person of its own. In the end nothing was asked of any other machine, and no slot is lost."""
+    """open_page(locale, size, scheme) -> a page of a person of its own. In the end nothing was asked elsewhere, and no slot is lost."""
     asked: list[str] = []
     contexts = []
 
-    def begin(locale: str = "en-US", size: Any = LAPTOP) -> Page:
-        contexts.append(chromium.new_context(locale=locale, viewport=size))
+    def begin(locale: str = "en-US", size: Any = LAPTOP, scheme: Any = "light") -> Page:
+        contexts.append(chromium.new_context(locale=locale, viewport=size, color_scheme=scheme))
         page = contexts[-1].new_page()
         page.on("request", lambda request: asked.append(request.url))
         page.on("websocket", lambda found: asked.append(found.url))
@@ -267,6 +269,17 @@ def test_it_fits_the_screen(open_page: Open, locale: str, size: dict[str, int]) 
         box = part.bounding_box()
         assert box and box["x"] >= 0 and box["x"] + box["width"] <= size["width"] and box["y"] + box["height"] <= size["height"]
     expect(page.get_by_role("tab", name="对话" if locale == "zh-CN" else "Chat")).to_be_visible()
+
+
+@pytest.mark.parametrize(("scheme", "low", "high"), [("light", 700, 765), ("dark", 0, 150)])
+def test_it_is_as_dark_as_the_browser(open_page: Open, scheme: str, low: int, high: int) -> None:
+    page = open_page(scheme=scheme)
+    colour = page.evaluate("getComputedStyle(document.querySelector('[data-testid=stApp]')).backgroundColor")
+    assert low <= sum(map(int, re.findall(r"\d+", colour)[:3])) <= high
+    page.get_by_role("tab", name="Training").click()
+    choose(page, "Run", "teahouse")
+    chart = page.get_by_test_id("stVegaLiteChart").first
+    expect(chart.locator(f"svg [stroke='{COLORS[scheme][0]}']").first).to_be_attached()
 
 
 def test_a_page_from_elsewhere_is_refused(address: str) -> None:

@@ -35,7 +35,8 @@ STREAMLIT = (
     "--client.showErrorDetails=none",
     "--runner.magicEnabled=false",
     "--logger.hideWelcomeMessage=true",
-    "--theme.primaryColor=#8c2f39",
+    "--theme.light.primaryColor=#8c2f39",
+    "--theme.dark.primaryColor=#d97a84",
 )
 """Streamlit listens everywhere and sends statistics unless told."""
 REQUEST_LOG = " tnl.serve.gate "

@@ -72,6 +72,7 @@ def curves(metrics: list[dict[str, Any]], texts: Mapping[str, str]) -> None:
 def chart(points: pd.DataFrame, x: str, y: str) -> alt.Chart:
     """A line a series over the steps; few points are marked."""
     series = list(dict.fromkeys(points["series"]))
+    colors = COLORS["dark" if st.context.theme.type == "dark" else "light"]
     legend = alt.Legend(orient="top-right", title=None) if len(series) > 1 else None
     return (
         alt.Chart(points, height=240)
@@ -79,7 +80,7 @@ def chart(points: pd.DataFrame, x: str, y: str) -> alt.Chart:
         .encode(
             x=alt.X("step:Q", title=x, axis=alt.Axis(tickMinStep=1)),
             y=alt.Y("value:Q", title=y, scale=alt.Scale(zero=False)),
-            color=alt.Color("series:N", sort=series, legend=legend, scale=alt.Scale(range=list(COLORS))),
+            color=alt.Color("series:N", sort=series, legend=legend, scale=alt.Scale(range=list(colors))),
             tooltip=[alt.Tooltip("step:Q", title=x), alt.Tooltip("value:Q", title=y, format=".4g")],
         )
     )
