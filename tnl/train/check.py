@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -23,10 +22,11 @@ from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.recipe.load import Recipe, load
 from tnl.run_dir import RunDir, changes
 from tnl.train import arguments, calibrate, engine_choice, order, plan, recomputation, segments, shared_prompt
+from tnl.train.base import Base, fingerprint_of, prepare
 from tnl.train.crew import Crew
-from tnl.train.run import Base, fingerprint_of, occupied, prepare, show_table
+from tnl.train.run import occupied
+from tnl.train.show import console, say, show_table
 
-console = Console(highlight=False, soft_wrap=True)
 LEARNED, READ = "bold green", "dim"
 CARDS = (12, 16, 24, 40, 80)
 """GiB of the cards that the memory table is for, beside this machine's."""
@@ -87,10 +87,6 @@ def check_weights(base: Base) -> None:
     expected = {name: tuple(value.shape) for name, value in bare.state_dict().items()}
     found = {file: headers(file) for file in weight_files(base.folder)}
     check_keys(base.folder, found, expected, optional={HEAD} if base.config.tie_word_embeddings else set())
-
-
-def say(line: str) -> None:
-    console.print(line, markup=False)
 
 
 def short(place: object) -> str:
