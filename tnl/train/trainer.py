@@ -1,5 +1,6 @@
 """transformers.Trainer with our step and our checkpoints."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -424,22 +425,14 @@ class Clock:
         self.reset()
         return round(speed, 1)
 
-    def paused(self) -> "Pause":
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
         """A block whose time does not count."""
-        return Pause(self)
-
-
-class Pause:
-    """Time away from training."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-
-    def __enter__(self) -> None:
-        self.start = time.monotonic()
-
-    def __exit__(self, *error: object) -> None:
-        self.clock.away += time.monotonic() - self.start
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.away += time.monotonic() - start
 
 
 def recipe_error(where: str, error: BaseException) -> RecipeError:
