@@ -257,11 +257,28 @@ def test_a_long_prompt_does_not_keep_a_short_one_waiting(engine: Engine) -> None
 def test_the_queue_is_bounded(model: Any, tokenizer: Any) -> None:
     engine = Engine(model, tokenizer, queue=3)
     for _ in range(3):
-        engine.submit(Request((3,), GREEDY))
+        engine.submit(Request((3,), GREEDY, n=8))
+    engine.submit(Request((3,), GREEDY))
     with pytest.raises(QueueFull, match="3 requests wait already"):
         engine.submit(Request((3,), GREEDY))
-    engine.step()
+    engine._sweep()
+    engine._admit()
+    with pytest.raises(QueueFull):
+        engine.submit(Request((3,), GREEDY))
+    while engine.load["waiting"] == 3:
+        engine.step()
     engine.submit(Request((3,), GREEDY)).cancel()
+
+
+def test_without_a_queue_what_finds_a_slot_is_taken(model: Any, tokenizer: Any) -> None:
+    engine = Engine(model, tokenizer, queue=0)
+    engine.submit(Request((3,), GREEDY, n=7))
+    engine.submit(Request((3,), GREEDY))
+    with pytest.raises(QueueFull):
+        engine.submit(Request((3,), GREEDY))
+    while engine.step():
+        pass
+    engine.submit(Request((3,), GREEDY, n=8))
 
 
 @pytest.mark.parametrize(

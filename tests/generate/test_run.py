@@ -15,13 +15,13 @@ def test_one_prompt(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_file_of_prompts(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "questions.txt").write_text("\ufeff你好\r\n\n 再见 \n你好\n", encoding="utf-8")
+    (tmp_path / "questions.txt").write_text("\ufeff你\u2028好\r\n\n 再见 \n你\u2028好\n", encoding="utf-8")
     options = {"device": "cpu", "temperature": 1.5, "seed": 9, "max_new_tokens": 4}
     run(str(adapter), None, tmp_path / "questions.txt", **options)  # type: ignore[arg-type]
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["prompt"] for line in lines] == ["你好", "再见", "你好"]
+    lines = [json.loads(line) for line in capsys.readouterr().out.strip().split("\n")]
+    assert [line["prompt"] for line in lines] == ["你\u2028好", "再见", "你\u2028好"]
     assert lines[0] == lines[2] and set(lines[0]) == {"prompt", "answer", "finish", "prompt_tokens", "tokens"}
-    run(str(adapter), "你好", **options)  # type: ignore[arg-type]
+    run(str(adapter), "你\u2028好", **options)  # type: ignore[arg-type]
     assert capsys.readouterr().out == lines[0]["answer"] + "\n"
 
 

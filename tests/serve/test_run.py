@@ -223,4 +223,6 @@ def test_options_by_their_names() -> None:
     assert Serving.of({"state_writes": "deferred"}).state_writes == "deferred"
     with pytest.raises(RecipeError, match=r'--state-writes: "often" is none\. Give one of auto, each-step, deferred'):
         Serving.of({"state_writes": "often"})
+    with pytest.raises(RecipeError, match="--api-key: is empty"):
+        Serving.of({"api_key": ""})
     assert found == Serving(slots=16, api_key="x", merge=False, limits=Limits(prompt=100, max_tokens=7))

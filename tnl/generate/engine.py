@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ class Engine:
     """A model that answers many requests at once. `submit` from any thread; `start` runs it on a thread of its own, or call `step`.
 
     slots: answers that run at a time. chunk: tokens of a prompt read at once. prefix_bytes: host memory for prefix states.
-    queue: requests that may wait. state_writes: "each-step", "deferred" (`Slots`), or "auto": see `defers`; ValueError for another word.
+    queue: requests that may wait for slots.
+    state_writes: "each-step", "deferred" (`Slots`), or "auto": see `defers`; ValueError for another word.
     """
 
     def __init__(
@@ -119,7 +121,9 @@ class Engine:
         with self._lock:
             if self.closed:
                 raise Closed("no new requests are taken")
-            if len(self._waiting) >= self.queue:
+            wanted = accumulate([*(one.request.n for one in self._waiting), request.n])
+            # those that come while slots are free do not wait, although no step has admitted them yet
+            if sum(slots > self.slots.free for slots in wanted) > self.queue:
                 raise QueueFull(f"{self.queue} requests wait already")
             if request.adapter is not None:
                 self.adapters.hold(request.adapter)

@@ -50,7 +50,7 @@ def read_questions(file: Path) -> list[str]:
         paths.existing(file, DataError)
         raise DataError(file, "is no file", "Name a text file")
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(file, f"is not UTF-8 (byte {error.start + 1})", "Convert it to UTF-8") from None
     questions = [line.strip() for line in lines if line.strip()]

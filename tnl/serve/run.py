@@ -88,6 +88,8 @@ class Serving:
         given = {name: value for name, value in options.items() if value is not None}
         if (word := given.get("state_writes", "auto")) not in STATE_WRITES:
             raise RecipeError("--state-writes", f'"{word}" is none', f"Give one of {', '.join(STATE_WRITES)}")
+        if given.get("api_key") == "":
+            raise RecipeError("--api-key", "is empty", "Give a key (or set TNL_API_KEY), or leave it out to let everybody ask")
         bounds = {"max_tokens": "max_tokens", "max_prompt": "prompt"}
         limits = Limits(**{own: given[name] for name, own in bounds.items() if name in given})
         limits = replace(limits, body=max(limits.body, BYTES * limits.prompt))
