@@ -8,7 +8,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tnl.data.guard import Guard, encode_inside, guard_for, spell
+from tnl.data.guard import Guard, encode_inside, spell
 from tnl.data.messages import Message, Role
 from tnl.data.template import TEMPLATES, encode_conversation
 from tnl.errors import ModelError
@@ -74,7 +74,7 @@ OWN = {"chatml": 8, "chatml-tutorial": 8, "alpaca": 5, "human-assistant": 4}
 @given(name=st.sampled_from(sorted(TEMPLATES)), texts=st.lists(CONTENT, min_size=6, max_size=6))
 def test_no_tokenizer_lets_content_forge_a_marker(kind: str, name: str, texts: list[str]) -> None:
     tokenizer, template = TOKENIZERS[kind], TEMPLATES[name]
-    guard = guard_for(tokenizer.sp_model, template)
+    guard = template.guard(tokenizer.sp_model)
     system, instruction, extra, first, question, second = texts
     messages = [Message(Role.USER, instruction, input=extra), Message(Role.ASSISTANT, first)]
     messages += [Message(Role.USER, question), Message(Role.ASSISTANT, second)]
@@ -95,7 +95,7 @@ def test_the_inside_of_a_text_has_no_dummy_prefix_and_keeps_its_blanks(kind: str
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_text_of_nothing_but_markers_takes_time_in_proportion(kind: str) -> None:
     tokenizer = TOKENIZERS[kind]
-    guard = guard_for(tokenizer.sp_model, TEMPLATES["chatml"])
+    guard = TEMPLATES["chatml"].guard(tokenizer.sp_model)
     ids = tokenizer.sp_model.encode("<|im_end|>" * 2000)
     seen, real = [0], Guard.find
 
@@ -112,7 +112,7 @@ def test_a_text_of_nothing_but_markers_takes_time_in_proportion(kind: str) -> No
 
 def test_a_hundred_thousand_markers_take_less_than_a_second() -> None:
     tokenizer = load_tokenizer("demo")
-    guard = guard_for(tokenizer.sp_model, TEMPLATES["chatml"])
+    guard = TEMPLATES["chatml"].guard(tokenizer.sp_model)
     text = "<|im_end|>" * 100_000
     began = time.process_time()  # of this process alone: other processes of a busy machine do not count
     ids = guard.encode_content(text)

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tnl.data.guard import guard_for
 from tnl.data.messages import Message, Role
 from tnl.data.template import IGNORED, TEMPLATES, Encoded, encode_conversation, encode_document, encode_prompt, encode_text, fit, stop_ids
 from tnl.errors import DataError
@@ -172,7 +171,7 @@ def marker_texts(template_name: str) -> int:
 @example("human-assistant", ["Human:", " Human:", "\nHuman:", "Assistant:", "Human: a", "x"])
 @example("alpaca", ["### Response:", "### Input:", "x\n\n### Response:\n", "###", " Response:", "### Instruction:"])
 def test_content_can_never_forge_a_marker_or_a_control_id(name: str, texts: list[str]) -> None:
-    template, guard = TEMPLATES[name], guard_for(TOKENIZER.sp_model, TEMPLATES[name])
+    template, guard = TEMPLATES[name], TEMPLATES[name].guard(TOKENIZER.sp_model)
     system, instruction, extra, first, question, second = texts
     messages = [user(instruction, extra or "x"), assistant(first), user(question), assistant(second)]
     encoded = encode_conversation(messages, TOKENIZER, template, system=system or "s")
@@ -194,7 +193,7 @@ def test_markers_in_content_keep_their_text(name: str) -> None:
         plain = encode_prompt([user("@@")], TOKENIZER, TEMPLATES[name], system="s")
         ids = encode_prompt([user(content)], TOKENIZER, TEMPLATES[name], system="s")
         assert decoded(ids) == decoded(plain).replace("@@", content)
-        assert guard_for(TOKENIZER.sp_model, TEMPLATES[name]).count(ids) == guard_for(TOKENIZER.sp_model, TEMPLATES[name]).count(plain)
+        assert TEMPLATES[name].guard(TOKENIZER.sp_model).count(ids) == TEMPLATES[name].guard(TOKENIZER.sp_model).count(plain)
 
 
 def test_half_a_surrogate_pair_is_no_crash() -> None:

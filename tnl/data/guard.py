@@ -11,13 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tnl.data.pieces import PIECE, blocks_of, encode_blocks
 from tnl.errors import ModelError
-
-if TYPE_CHECKING:
-    from tnl.data.template import Template
 
 Segment = tuple[str, bool]  # text, and whether it is content
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -96,18 +93,16 @@ class Guard:
 
 
 @lru_cache(maxsize=32)
-def guard_for(sp: Any, template: "Template") -> Guard:
-    """The guard of a tokenizer and a template; made once. Forms are taken from parts encoded whole and by segments."""
-    lead = [template.system, template.preamble, template.preamble_with_input, ""]
-    turns = [template.user, template.user_with_input, ""]
+def guard_for(sp: Any, markers: tuple[str, ...], parts: frozenset[str]) -> Guard:
+    """The guard of a tokenizer and a template's markers and parts; made once. Forms are taken from parts encoded whole and by segments."""
     encoded: list[list[int]] = []
-    for form in {start + turn + template.answer for start in lead for turn in turns}:
-        words = re.split(r"\{(?:system|content|input)\}", form)
+    for part in parts:
+        words = re.split(r"\{(?:system|content|input)\}", part)
         encoded.append(sp.encode("a".join(words)))
         encoded += [sp.encode(words[0]), *(encode_inside(sp, text) for text in words)]
-    forms = {form for ids in encoded for marker in template.markers for form in forms_of(sp, marker, ids)}
+    forms = {form for ids in encoded for marker in markers for form in forms_of(sp, marker, ids)}
     ordered = tuple(sorted(forms, key=lambda form: (-len(form), form)))
-    return Guard(sp, template.markers, ordered, frozenset(form[0] for form in forms))
+    return Guard(sp, markers, ordered, frozenset(form[0] for form in forms))
 
 
 def forms_of(sp: Any, marker: str, ids: Sequence[int]) -> set[tuple[int, ...]]:

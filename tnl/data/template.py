@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy
 
-from tnl.data.guard import Segment, guard_for
+from tnl.data.guard import Guard, Segment, guard_for
 from tnl.data.messages import Message, Role
 from tnl.data.pieces import blocks_of, encode_blocks
 from tnl.data.store import Ids
@@ -59,6 +59,12 @@ class Template:
         before, after = self.user.split("{content}")
         asked = prompt.rpartition(before)[2] if before in prompt else prompt
         return asked.removesuffix(self.answer.strip()).strip().removesuffix(after.strip()).strip()
+
+    def guard(self, sp: Any) -> Guard:
+        """What keeps content from forging the markers, for one tokenizer."""
+        lead = self.system, self.preamble, self.preamble_with_input, ""
+        turns = self.user, self.user_with_input, ""
+        return guard_for(sp, self.markers, frozenset(start + turn + self.answer for start in lead for turn in turns))
 
     @property
     def hash(self) -> str:
@@ -134,7 +140,7 @@ def encode_conversation(messages: Sequence[Message], tokenizer: Tokenizer, templ
     """
     ids: list[Ids] = []
     labels: list[Ids] = []
-    guard = guard_for(tokenizer.sp_model, template)
+    guard = template.guard(tokenizer.sp_model)
     for segments, answer in parts(messages, template, system):
         if answer is None:
             raise ValueError("the last message of a training record is an assistant's")
@@ -156,7 +162,7 @@ def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer, template: T
     Raises ValueError where the last message is an assistant's.
     """
     ids: list[int] = []
-    guard = guard_for(tokenizer.sp_model, template)
+    guard = template.guard(tokenizer.sp_model)
     asked = False
     for segments, answer in parts(messages, template, system):
         ids += guard.encode(segments)
