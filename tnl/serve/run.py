@@ -14,7 +14,7 @@ import threading
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import uvicorn
 
@@ -43,48 +43,34 @@ BYTES = 16
 """Of a body for each token that a prompt may have."""
 
 
-class ServeOptions(Options, total=False):
-    """chat's options, for what is served, and the server's own; None or absent: the default."""
-
-    adapters: Path | None
-    """A folder whose sub-folders are adapters or runs, served by their names beside the base."""
-    runs: Path | None
-    """A folder of runs that GET /v1/runs shows."""
-    merge: bool
-    """A single adapter is merged into its base; False serves both, the adapter beside the base."""
-    api_key: str | None
-    """Whoever asks must give it; None lets everybody."""
-    slots: int | None
-    """Answers that run at a time."""
-    state_writes: str | None
-    """When their states are written: auto, each-step or deferred (`Engine`)."""
-    queue: int | None
-    """Requests that may wait."""
-    prefix_bytes: int | None
-    """Host memory for the states of prompts' beginnings, and as much again of a GPU's."""
-    max_tokens: int | None
-    """Tokens of an answer."""
-    max_prompt: int | None
-    """Tokens of a prompt."""
-
-
 @dataclass(frozen=True)
 class Serving:
-    """How a server is set up, beside what it serves: see `ServeOptions`."""
+    """How a server is set up, beside what it serves."""
 
     adapters: Path | None = None
+    """A folder whose sub-folders are adapters or runs, served by their names beside the base."""
     runs: Path | None = None
+    """A folder of runs that GET /v1/runs shows."""
     merge: bool = True
+    """A single adapter is merged into its base; False serves both, the adapter beside the base."""
     api_key: str | None = None
+    """Whoever asks must give it; None lets everybody."""
     slots: int = 8
+    """Answers that run at a time."""
     state_writes: str = "auto"
+    """When their states are written: auto, each-step or deferred (`Engine`)."""
     queue: int = 64
+    """Requests that may wait."""
     prefix_bytes: int = 1 << 30
+    """Host memory for the states of prompts' beginnings, and as much again of a GPU's."""
     limits: Limits = field(default_factory=Limits)
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Serving:
-        """From options by their names; those of `resolve` are left out. Raises RecipeError for a word that is none."""
+        """From options by their names, max_tokens and max_prompt for the limits; None is the default, those of `resolve` are left out.
+
+        Raises RecipeError for a value that cannot be.
+        """
         given = {name: value for name, value in options.items() if value is not None}
         if (word := given.get("state_writes", "auto")) not in STATE_WRITES:
             raise RecipeError("--state-writes", f'"{word}" is none', f"Give one of {', '.join(STATE_WRITES)}")
@@ -97,8 +83,8 @@ class Serving:
         return cls(**{name: value for name, value in given.items() if name in names}, limits=limits)
 
 
-def run(model_or_run: str, host: str = "127.0.0.1", port: int = 8000, **options: Unpack[ServeOptions]) -> None:
-    """Serve until SIGTERM or SIGINT, then end what runs and return.
+def run(model_or_run: str, host: str = "127.0.0.1", port: int = 8000, **options: Any) -> None:
+    """Serve until SIGTERM or SIGINT, then end what runs and return. options: those of `Serving.of` and of `resolve`.
 
     Raises RecipeError where the address is taken or an option cannot apply, what `resolve` raises, and RuntimeError where the
     engine died.

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tnl.errors import ModelError
 from tnl.run_dir import RunDir
+from tnl.serve.catalog import NAME
 from tnl.serve.errors import ApiError, shown
 from tnl.serve.schema import Run
 
-NAME = re.compile(r"\w[\w.-]{0,99}")
 TAIL = 4 << 20
 """Bytes of a file of lines that are read, from its end."""
 
