@@ -33,6 +33,7 @@ def test_everything_is_shown_and_nothing_is_written(
     assert "[[" in said and "</s>]]" in said and "<|im_start|>user" in said
     assert re.search(r"qkvu_proj\s+2\s+320", said) and "10 optimizer steps of 8 records (5 an epoch)" in said
     assert "a card of 24 GiB" in said and "this run" in said
+    assert ("cards are planned with the plain PyTorch forms" in said) != torch.cuda.is_available()
     assert re.search(r"about [\d,]+ tokens/s on this CPU: [\d.]+ s for the run, [\d.]+ s a step, [\d.]+ s for its longest record", said)
 
 

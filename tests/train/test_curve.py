@@ -149,6 +149,7 @@ def test_a_run_in_bfloat16_follows_peft_in_float32(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(600)
 def test_700_steps_at_the_385ms_shapes_follow_peft_in_float32(tmp_path: Path) -> None:
     """In bfloat16, of which a gradient is some percent of noise. The whole test takes about three minutes of a card."""
     compare(shape(MIDDLE), 700, 1e-3, "cuda", torch.bfloat16, tmp_path, 0.1)

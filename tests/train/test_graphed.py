@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tnl.data.collate import collate_padded
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.recipe.sections import LoraSection
@@ -22,7 +23,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 def make(device: str, **options: Any) -> nn.Module:
     torch.manual_seed(0)
     base = TransnormerForCausalLM(TransnormerConfig(**SIZES, linear_use_lrpe_list=[1, 0]))
-    model = lora.attach(base, LoraSection(r=4, lora_dropout=0.2, **options), "recipe.yaml", 1, lambda line: None)
+    model = lora.attach(base, LoraSection(**{"r": 4, "lora_dropout": 0.2, **options}), "recipe.yaml", 1, lambda line: None)
     for name, p in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p, std=0.1)
@@ -66,6 +67,28 @@ def test_graphs_give_the_bits_of_the_eager_form(device: str, level: recomputatio
     for (loss, grads), (other, others) in zip(found, eager):
         assert loss == other and len(grads) == len(others) > 0
         assert all(torch.equal(a, b) for a, b in zip(grads, others))
+
+
+def test_the_fused_packed_graphed_step_is_that_of_plain_peft_on_the_padded_batch() -> None:
+    """In float32 to 1e-5; Triton in its interpreter where there is no card."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    records = STEPS[0]
+    plain, model = (make(device, lora_dropout=0.0, lora_alpha=12) for _ in range(2))
+    plain.get_base_model().model.pick_kernels("reference")
+    loss = plain(**{name: x.to(device) for name, x in collate_padded(records, 0).items()}).loss
+    loss.backward()
+    model.get_base_model().model.pick_kernels("triton")
+    graphed = Graphed(model)
+    for _ in range(2):
+        model.zero_grad()
+        result = step(model, records, Rows(1000, multiple=16), seed=1, graphed=graphed)
+    assert len(graphed.graphs.known) == result.rows == 1
+    assert float(result.loss) == pytest.approx(float(loss.detach()), rel=1e-5)
+    for (name, p), (_, q) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None) == ("lora_" not in name)
+        if p.grad is not None and q.grad is not None:
+            assert q.grad.norm() > 0 and (p.grad - q.grad).norm() < 1e-5 * q.grad.norm(), name
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -6,7 +6,7 @@ from torch import nn
 
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
-from tnl.recipe.sections import LoraSection
+from tnl.recipe.sections import LoraSection, TrainSection
 from tnl.train import lora
 from tnl.train import paths_taken as forms
 from tnl.train.paths_taken import paths_taken, why_eager, words
@@ -32,6 +32,24 @@ def test_the_option_that_leaves_it_is_named() -> None:
     pytest.importorskip("triton")
     paths = paths_taken(make(LoraSection(use_dora=True, target_modules=["l1"]), "triton"), Rows(100), "")
     assert paths["lora"].startswith("by PEFT's own forward in 2 of 2 modules, because of DoraLinear")
+
+
+@pytest.mark.parametrize(
+    ("packing", "rows", "said"),
+    [
+        ("batch", Rows(4096), "8 records a step (batch x accumulation: 2 x 4), end to end in rows of at most 4,096 tokens"),
+        (
+            "fill",
+            Rows(512, multiple=64),
+            "8 rows a step (batch x accumulation: 2 x 4), end to end in rows of at most 512 tokens, filled",
+        ),
+        ("batch", Rows(512, segment_length=256), "of at most 512 tokens; longer ones in segments of 256"),
+        ("none", Rows(4096, padded=2), "8 records a step (batch x accumulation: 2 x 4), padded, 2 at once"),
+    ],
+)
+def test_how_batches_become_rows(packing: str, rows: Rows, said: str) -> None:
+    section = TrainSection(per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    assert said in forms.layout(section, packing, 8, rows)
 
 
 @pytest.mark.parametrize(("section", "form"), [(LoraSection(), "plain PyTorch"), (None, "none")])

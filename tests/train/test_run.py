@@ -75,7 +75,9 @@ def write_recipe(folder: Path, base: Path, records: Path, **train: Any) -> Path:
 def test_what_a_run_leaves(finished: RunDir, base: Path) -> None:
     names = {path.name for path in finished.path.iterdir() if not path.name.startswith(".")}
     assert {"adapter", "recipe.yaml", "run.json", "metrics.jsonl", "loss.png", "samples.jsonl"} <= names
-    assert finished.status == "finished"
+    assert finished.status == "finished" and finished.read_metadata()["step"].startswith(
+        "8 records a step (batch x accumulation: 4 x 2), end"
+    )
     steps = [step for step, _ in checkpoints(finished)]
     assert len(steps) in (2, 3) and steps[0] == 10  # two, and the best where it is an older one
     lines = callbacks.read_metrics(finished.metrics)

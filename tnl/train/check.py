@@ -207,6 +207,8 @@ def show_memory(recipe: Recipe, base: Base, data: Dataset, memory: float | None)
             choice, _ = segments.fitting(card, base.config, torch.device("cuda"), size * plan.GIB, longest, recipe.train)
             table.add_row(*row(f"a card of {size} GiB", choice))
     console.print(table)
+    if not torch.cuda.is_available() and recipe.model.backend != "reference":
+        say("no GPU is here to try our kernels on: cards are planned with the plain PyTorch forms, which take more memory")
     plain, glu, recomputed = (needs.curve(level).per_token / 1e6 for level in ("none", "glu", needs.levels(True)[0]))
     token = f"{plain:.2f} MB a token of a row, {glu:.2f} with GLUs computed again, {recomputed:.2f} with layers"
     say(f"the longest record has {longest:,} tokens; frozen weights {needs.weights / plan.GIB:.1f} GiB, {token}")

@@ -8,8 +8,10 @@ from torch import nn
 
 from tnl.evaluate.perplexity import causal_lm
 from tnl.kernels.lora import hindrance
+from tnl.recipe.sections import TrainSection
 from tnl.train.engines import Engine
 from tnl.train.graphed import why_not
+from tnl.train.order import UNITS
 from tnl.train.recomputation import WORDS, level_of
 from tnl.train.step import Rows, plain_head
 
@@ -45,6 +47,17 @@ def why_eager(model: nn.Module, rows: Rows, engine: Engine, wanted: bool) -> str
         return why
     plain = plain_head(causal_lm(model).get_output_embeddings(), rows)
     return "" if plain and lora_form(model) == FUSED else "a part falls to a form of its own"
+
+
+def layout(section: TrainSection, packing: str, size: int, rows: Rows) -> str:
+    """How a step's batches become rows. size: what batches count (order.UNITS) of a step."""
+    batches = f"{section.per_device_train_batch_size} x {section.gradient_accumulation_steps}"
+    step = f"{size} {UNITS[packing]} a step (batch x accumulation: {batches})"
+    if rows.padded is not None:
+        return f"{step}, padded, {rows.padded} at once"
+    filled = "" if rows.multiple == 1 else f", filled up to multiples of {rows.multiple}"
+    longer = "" if rows.segment_length is None else f"; longer ones in segments of {rows.segment_length:,}"
+    return f"{step}, end to end in rows of at most {rows.budget:,} tokens{filled}{longer}"
 
 
 def lora_form(model: nn.Module) -> str:
