@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from tnl.errors import NumbersError
-from tnl.generate.decode import generate_ids, new_cache, prefill
+from tnl.generate.decode import generate_ids, generate_together, new_cache, prefill
 from tnl.generate.sampling import Settings
 from tnl.model.load import load_model
 
@@ -72,6 +72,25 @@ def test_the_same_seed_gives_the_same_ids(model: Any) -> None:
 def test_two_answers_at_a_time_do_not_disturb_each_other(model: Any) -> None:
     expected = [list(generate_ids(model, [i, 9], GREEDY, stop_ids=())) for i in (50, 60)]
     assert [list(pair) for pair in zip(*zip(*(generate_ids(model, [i, 9], GREEDY, stop_ids=()) for i in (50, 60))))] == expected
+
+
+@pytest.mark.parametrize(
+    "settings", [GREEDY, Settings(max_new_tokens=24, temperature=1.5, repetition_penalty=1.3)], ids=["greedy", "drawn"]
+)
+def test_answers_drawn_together_are_those_drawn_alone(model: Any, settings: Settings) -> None:
+    """Of prompts of any lengths; each ends by itself."""
+    prompts = [[50, 9], list(range(100, 170)), [7], [50, 9, 11]]
+    free = list(generate_ids(model, prompts[0], settings, stop_ids=(), seed=3))
+    stops = [free[4], free[20]]
+    alone = [list(generate_ids(model, ids, settings, stop_ids=stops, seed=3)) for ids in prompts]
+    assert generate_together(model, prompts, settings, stop_ids=stops, seed=3) == alone
+    assert len({len(ids) for ids in alone}) > 1 and generate_together(model, [], settings, stop_ids=stops) == []
+
+
+def test_answers_drawn_together_end_when_they_are_to(model: Any) -> None:
+    asked = iter([False, False, True])
+    answers = generate_together(model, [[50, 9], [60, 9]], GREEDY, stop_ids=(), ended=lambda: next(asked))
+    assert [len(ids) for ids in answers] == [3, 3]
 
 
 def test_numbers_that_are_not_finite_end_it(base: Path) -> None:

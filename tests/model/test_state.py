@@ -29,6 +29,14 @@ def test_rows_are_reordered_selected_and_repeated_with_their_counts() -> None:
     assert cache.states[1][:, 0, 0, 0].tolist() == [2, 2, 0, 0] == cache.seen.tolist()
 
 
+def test_caches_are_joined_row_by_row() -> None:
+    one, other = filled(1), filled(3)
+    one.advance(7, torch.tensor([7]))
+    cache = TransnormerCache.join([other, one])
+    assert cache.states[1] is not None and cache.seen is not None
+    assert cache.states[1][:, 0, 0, 0].tolist() == [0, 1, 2, 0] and cache.seen.tolist() == [0, 1, 2, 7] and cache.columns == 12
+
+
 def test_a_clone_goes_its_own_way_and_reset_forgets() -> None:
     cache = filled()
     branch = cache.clone()

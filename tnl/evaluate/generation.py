@@ -1,7 +1,7 @@
 """Sample answers: the same questions before and after training, side by side."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import nn
 from tnl.data.template import Template, stop_ids
 from tnl.errors import DataError
 from tnl.evaluate.perplexity import IGNORED, evaluating
-from tnl.generate.decode import generate_ids
+from tnl.generate.decode import generate_together
 from tnl.generate.sampling import Settings
 from tnl.model.tokenization_baichuan import BaiChuanTokenizer
 from tnl.storage import write_text
@@ -60,12 +60,18 @@ def choose(
     return samples, prompts
 
 
-def answer(model: nn.Module, tokenizer: BaiChuanTokenizer, prompts: Sequence[Sequence[int]], settings: Settings, seed: int) -> list[str]:
-    """One answer a prompt. Draws from generators of its own: a run is the same with and without samples."""
+def answer(
+    model: nn.Module,
+    tokenizer: BaiChuanTokenizer,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings,
+    seed: int,
+    ended: Callable[[], bool] = lambda: False,
+) -> list[str]:
+    """An answer to each prompt, drawn together, until `ended` is true; by generators of its own: a run is the same with and without."""
     settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, LONGEST_ANSWER))
-    stops = stop_ids(tokenizer)
     with evaluating(model):
-        made = [list(generate_ids(model, list(ids), settings, stop_ids=stops, seed=seed)) for ids in prompts]
+        made = generate_together(model, prompts, settings, stop_ids=stop_ids(tokenizer), seed=seed, ended=ended)
     return [decode(tokenizer, ids) for ids in made]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,6 +23,12 @@ def new_cache(model: nn.Module) -> TransnormerCache:
 
 
 @torch.inference_mode()
+def read(model: nn.Module, ids: Tensor, cache: TransnormerCache) -> Tensor:
+    """Read ids [B, T] into the cache, in place; returns the logits after each row's last, [B, V] float32."""
+    logits: Tensor = base_of(model)(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    return logits[:, -1].float()
+
+
 def prefill(model: nn.Module, ids: Sequence[int], cache: TransnormerCache, chunk: int = PREFILL) -> Tensor:
     """Read ids (at least one) into the cache, in place; returns the logits after the last, [1, V] float32.
 
@@ -32,9 +39,25 @@ def prefill(model: nn.Module, ids: Sequence[int], cache: TransnormerCache, chunk
     inner: Any = base_of(model)
     device = inner.model.embed_tokens.weight.device
     for start in range(0, len(ids), chunk):
-        part = torch.tensor([ids[start : start + chunk]], device=device)
-        logits = inner(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    return logits[:, -1].float()
+        logits = read(model, torch.tensor([ids[start : start + chunk]], device=device), cache)
+    return logits
+
+
+def draws(
+    model: nn.Module,
+    logits: Tensor,  # [B, V]
+    cache: TransnormerCache,
+    settings: Settings,
+    history: History | None,
+    generators: Sequence[torch.Generator],
+) -> Iterator[list[int]]:
+    """The next id of every row, again and again; what was drawn is read when more is asked for."""
+    while True:
+        tokens = sample(logits, settings, history, generators)
+        yield tokens.tolist()
+        if history is not None:
+            history.add(tokens)
+        logits = read(model, tokens[:, None], cache)
 
 
 def generate_ids(
@@ -56,16 +79,39 @@ def generate_ids(
     """
     cache = new_cache(model) if cache is None else cache
     generator = seed if isinstance(seed, torch.Generator) else seeded(seed)
-    stops = set(stop_ids)
     logits = prefill(model, ids, cache)
     history = History.start([[*before, *ids]], logits.shape[-1], logits.device) if settings.penalises else None
-    for count in range(1, settings.max_new_tokens + 1):
-        token = sample(logits, settings, history, [generator])
-        token_id = int(token)
-        if token_id in stops:
+    for (token,) in islice(draws(model, logits, cache, settings, history, [generator]), settings.max_new_tokens):
+        if token in stop_ids:
             return
-        yield token_id
-        if count < settings.max_new_tokens:
-            if history is not None:
-                history.add(token)
-            logits = prefill(model, [token_id], cache)
+        yield token
+
+
+def generate_together(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings,
+    *,
+    stop_ids: Sequence[int],
+    seed: int | None = None,
+    ended: Callable[[], bool] = lambda: False,
+) -> list[list[int]]:
+    """The ids of an answer to each prompt, as generate_ids draws them with this seed, one step for all (so equal within rounding).
+
+    ended: asked before every step; True ends all answers where they are.
+    """
+    if not prompts:
+        return []
+    caches = [new_cache(model) for _ in prompts]
+    logits = torch.cat([prefill(model, ids, cache) for ids, cache in zip(prompts, caches)])
+    history = History.start(prompts, logits.shape[-1], logits.device) if settings.penalises else None
+    steps = draws(model, logits, TransnormerCache.join(caches), settings, history, [seeded(seed) for _ in prompts])
+    answers: list[list[int]] = [[] for _ in prompts]
+    going = set(range(len(prompts)))
+    for tokens in islice(steps, settings.max_new_tokens):
+        going -= {row for row in going if tokens[row] in stop_ids}
+        for row in going:
+            answers[row].append(tokens[row])
+        if not going or ended():
+            break
+    return answers

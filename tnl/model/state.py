@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,6 +62,15 @@ class TransnormerCache(Cache):
         copy.seen = None if self.seen is None else self.seen.clone()
         copy.columns = self.columns
         return copy
+
+    @classmethod
+    def join(cls, caches: Sequence[TransnormerCache]) -> TransnormerCache:
+        """One cache whose rows are those of several, each of which has read something."""
+        joined = cls(len(caches[0]))
+        joined.states = [torch.cat(states) for states in zip(*(cache.states for cache in caches))]
+        joined.seen = torch.cat([cache.seen for cache in caches if cache.seen is not None])
+        joined.columns = max(cache.columns for cache in caches)
+        return joined
 
     def _map(self, function: Any) -> None:
         self.states = [None if state is None else function(state) for state in self.states]

@@ -37,9 +37,6 @@ def sample_before(
 
 
 def ask(recipe: Recipe, base: Base, model: nn.Module, prompts: Sequence[Sequence[int]], stop: StopSignals) -> list[str]:
-    """An answer a prompt; after a signal no further one is asked for."""
-    sampling, answers = Sampling.of(recipe.generation.model_dump()), list[str]()
-    for prompt in prompts:
-        if not stop.requested:
-            answers += generation.answer(model, base.tokenizer, [prompt], sampling, recipe.train.seed)
-    return answers
+    """An answer a prompt; after a signal nothing more is said."""
+    sampling = Sampling.of(recipe.generation.model_dump())
+    return generation.answer(model, base.tokenizer, prompts, sampling, recipe.train.seed, stop.asked)
