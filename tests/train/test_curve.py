@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from tnl.data.collate import collate_padded
 from tnl.model.configuration_transnormer import TransnormerConfig
@@ -53,8 +54,8 @@ def make_model(config: TransnormerConfig, device: str, dtype: torch.dtype, start
     return model.train()
 
 
-def our_curve(model: nn.Module, records: list[dict[str, Any]], rate: float, run: Path) -> list[float]:
-    """The losses of every step, by Trainer, packed rows and CUDA graphs."""
+def trainer_of(model: nn.Module, records: list[dict[str, Any]], rate: float, run: Path) -> TnlTrainer:
+    """Trainer with packed rows and CUDA graphs, a line a step."""
     device = next(model.parameters()).device
     section = TrainSection(
         per_device_train_batch_size=BATCH,
@@ -74,8 +75,14 @@ def our_curve(model: nn.Module, records: list[dict[str, Any]], rate: float, run:
     if device.type == "cuda":
         taken = paths_taken(model, rows, why_eager(model, rows, trainer.engine, True))
         assert (taken["attention"], taken["lora"], taken["step"]) == ("Triton", "fused", "in CUDA graphs")
+    return trainer
+
+
+def our_curve(model: nn.Module, records: list[dict[str, Any]], rate: float, run: Path) -> list[float]:
+    """The losses of every step."""
+    trainer = trainer_of(model, records, rate, run)
     trainer.train()
-    assert trainer.graphed.graphs.known
+    assert trainer.graphed is not None and trainer.graphed.graphs.known
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
@@ -153,3 +160,24 @@ def test_a_run_in_bfloat16_follows_peft_in_float32(tmp_path: Path) -> None:
 def test_700_steps_at_the_385ms_shapes_follow_peft_in_float32(tmp_path: Path) -> None:
     """In bfloat16, of which a gradient is some percent of noise. The whole test takes about three minutes of a card."""
     compare(shape(MIDDLE), 700, 1e-3, "cuda", torch.bfloat16, tmp_path, 0.1)
+
+
+class Unwaiting(TrainerCallback):
+    """From step 8 on, once shapes are known, whatever waits for the card is an error."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        torch.cuda.set_sync_debug_mode("error" if 8 <= state.global_step < 24 else "default")
+
+
+@pytest.mark.gpu
+def test_between_two_lines_of_the_log_the_host_waits_for_no_step_but_the_one_before(tmp_path: Path) -> None:
+    """That one's numbers come in pinned memory, behind an event (guard.py)."""
+    records = make_records(SIZES["vocab_size"], BATCH)
+    trainer = trainer_of(make_model(shape(SIZES, init_std=0.3), "cuda", torch.bfloat16), records * 32, 1e-3, tmp_path)
+    trainer.args.logging_steps = trainer.state.logging_steps = 1000
+    trainer.add_callback(Unwaiting())
+    try:
+        trainer.train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.state.global_step == 32

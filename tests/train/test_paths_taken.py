@@ -49,7 +49,7 @@ def test_the_option_that_leaves_it_is_named() -> None:
 )
 def test_how_batches_become_rows(packing: str, rows: Rows, said: str) -> None:
     section = TrainSection(per_device_train_batch_size=2, gradient_accumulation_steps=4)
-    assert said in forms.layout(section, packing, 8, rows)
+    assert said in forms.rows_of_a_step(section, packing, 8, rows)
 
 
 @pytest.mark.parametrize(("section", "form"), [(LoraSection(), "plain PyTorch"), (None, "none")])

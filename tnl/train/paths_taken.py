@@ -49,7 +49,7 @@ def why_eager(model: nn.Module, rows: Rows, engine: Engine, wanted: bool) -> str
     return "" if plain and lora_form(model) == FUSED else "a part falls to a form of its own"
 
 
-def layout(section: TrainSection, packing: str, size: int, rows: Rows) -> str:
+def rows_of_a_step(section: TrainSection, packing: str, size: int, rows: Rows) -> str:
     """How a step's batches become rows. size: what batches count (order.UNITS) of a step."""
     batches = f"{section.per_device_train_batch_size} x {section.gradient_accumulation_steps}"
     step = f"{size} {UNITS[packing]} a step (batch x accumulation: {batches})"

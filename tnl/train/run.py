@@ -19,7 +19,7 @@ from tnl.train import arguments, callbacks, engine_choice, lora, order, plan, re
 from tnl.train.base import Base, fingerprint_of, prepare
 from tnl.train.engines import Engine
 from tnl.train.graphed import Graphed
-from tnl.train.paths_taken import layout, paths_taken, why_eager, words
+from tnl.train.paths_taken import paths_taken, rows_of_a_step, why_eager, words
 from tnl.train.questions import sample_before
 from tnl.train.result import describe_result, finish, unite
 from tnl.train.show import console, say, show_data, show_table
@@ -159,7 +159,7 @@ def first_words(
         if crew.saves:
             begin(work, recipe, folder, notices)
             trainer.about = describe_result(work, recipe, lora.is_adapted(trainer.net))
-            step = layout(recipe.train, recipe.data.packing, trainer.settings.records_per_step, trainer.rows)
+            step = rows_of_a_step(recipe.train, recipe.data.packing, trainer.settings.records_per_step, trainer.rows)
             work.update_metadata(data=counts(data), paths=paths, step=step)
             trainer.preflight()
         if crew.leads:

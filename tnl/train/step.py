@@ -81,9 +81,8 @@ class Rows:
     def restore(self, state: dict[str, Any], model: nn.Module) -> None:
         """Take a checkpoint's layout."""
         self.budget, self.padded, self.chunk = state["budget"], state["padded"], state["chunk"]
-        self.segment_length, self.shared = state["segment_length"], state.get("shared", 0)
-        level = state["checkpointing"]
-        recomputation.use(model, {True: "host", False: "none"}.get(level, level))  # a truth value until 2026-11
+        self.segment_length, self.shared = state["segment_length"], state["shared"]
+        recomputation.use(model, state["checkpointing"])
 
     def batches(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Tensor]]:
         """The rows as tensors on the CPU."""
