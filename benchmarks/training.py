@@ -44,7 +44,10 @@ WORK = {
     "1 x 8,192, recomputed": ("text", 1, 1, 8192, 15, "true"),
     "4 x 384, recomputed": ("text", 4, 1, 384, 24, "true"),
 }
-OVERRIDES = {"Huanhuan, shared prompt": ["data.shared_prompt=true"]}
+WHOLE = "whole recipe"
+"""recipes/huanhuan-7b.yaml as it is: three epochs, measuring, checkpoints, questions; its figure is the time by the clock."""
+WORK |= dict.fromkeys((WHOLE, f"{WHOLE}, shared prompt"), ("alpaca", 4, 4, 384, 0, "false"))
+OVERRIDES = {name: ["data.shared_prompt=true"] for name in WORK if name.endswith("shared prompt")}
 
 
 def parity() -> None:
@@ -68,18 +71,27 @@ def long_text(path: Path, tokens: int) -> Path:
     return path
 
 
-def measure(name: str, model: Path, data: Path, work: Path, seconds: float) -> dict[str, object]:
-    """Run `tnl train` on one kind of work, for so many seconds at most, all that it says shown; returns its row of the table."""
+def written(name: str, model: Path, data: Path, work: Path) -> Path:
+    """The recipe of one kind of work."""
     form, batch, accumulation, length, steps, checkpointing = WORK[name]
-    work.mkdir(parents=True, exist_ok=True)
     train = data if form == "alpaca" else long_text(work / "text.txt", length * batch * steps * 2)
-    recipe = work / "recipe.yaml"
     values = {"model": model, "train": train, "max_length": length, "format": form, "out": work / "run", "batch": batch}
     values |= {"accumulation": accumulation, "steps": steps, "logging": max(1, steps // 12), "checkpointing": checkpointing}
     values["system"] = ", system: 现在你要扮演皇帝身边的女人--甄嬛" if form == "alpaca" else ""
-    recipe.write_text(RECIPE.format(**values), encoding="utf-8")
+    (work / "recipe.yaml").write_text(RECIPE.format(**values), encoding="utf-8")
+    return work / "recipe.yaml"
+
+
+def measure(name: str, model: Path, data: Path, work: Path, seconds: float) -> dict[str, object]:
+    """Run `tnl train` on one kind of work, for so many seconds at most, all that it says shown; returns its row of the table."""
+    checkpointing = WORK[name][-1]
+    work.mkdir(parents=True, exist_ok=True)
+    if name.startswith(WHOLE):
+        words = [str(ROOT / "recipes/huanhuan-7b.yaml"), f"model.path={model}", f"data.train={data}", f"train.output_dir={work / 'run'}"]
+    else:
+        words = [str(written(name, model, data, work))]
     start = time.monotonic()
-    command = [sys.executable, "-m", "tnl", "train", str(recipe), *OVERRIDES.get(name, [])]
+    command = [sys.executable, "-m", "tnl", "train", *words, *OVERRIDES.get(name, [])]
     try:
         made = subprocess.run(command, cwd=ROOT, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -133,9 +145,11 @@ def main() -> None:
                 arguments.out.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"\n{card}, torch {torch.__version__}, commit {commit or 'unknown'}\n\n| model | work | tokens/s | peak GiB |\n|---|---|---|---|")
+    print(f"\n{card}, torch {torch.__version__}, commit {commit or 'unknown'}\n")
+    print("| model | work | tokens/s | peak GiB | seconds in all |\n|---|---|---|---|---|")
     for row in rows:
-        print(f"| {row['model']} | {row['work']} | {row.get('tokens_per_second', row.get('failed'))} | {row.get('peak_gib', '')} |")
+        speed = row.get("tokens_per_second", row.get("failed"))
+        print(f"| {row['model']} | {row['work']} | {speed} | {row.get('peak_gib', '')} | {row.get('seconds', '')} |")
 
 
 if __name__ == "__main__":
