@@ -19,3 +19,7 @@ def test_control_characters_are_shown_and_not_sent_to_the_terminal() -> None:
 def test_each_kind_has_its_exit_code() -> None:
     kinds = (RecipeError, DataError, ModelError, NumbersError, StorageError, MemoryBudgetError)
     assert [kind.exit_code for kind in kinds] == [2, 3, 4, 5, 6, 7]
+
+
+def test_three_dots_at_the_end_stay() -> None:
+    assert str(DataError("a", "is wrong", "Leave out https://...")) == "a: is wrong. Leave out https://..."

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tnl import hub
-from tnl.errors import ModelError
+from tnl.errors import ModelError, RecipeError
 
 
 def test_a_local_path_never_touches_the_net(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_a_repository_is_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 def test_a_file_is_no_model_folder(tmp_path: Path) -> None:
     (tmp_path / "model.bin").touch()
-    with pytest.raises(ModelError, match="needed: the model's folder"):
+    with pytest.raises(ModelError, match="needed: a folder"):
         hub.resolve(str(tmp_path / "model.bin"))
 
 
@@ -46,3 +46,29 @@ def test_a_repository_that_is_none_may_be_a_folder_nearby(monkeypatch: pytest.Mo
         hub.resolve("outputs/demo")
     with pytest.raises(ModelError, match=r"^me/demo: no such repository\. Check the name\.$"):
         hub.resolve("me/demo")
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("https://huggingface.co/OpenNLPLab/TransNormerLLM-7B", "Write OpenNLPLab/TransNormerLLM-7B"),
+        ("TransNormerLLM-7B", r"is no repository \(needed: owner/name\)"),
+        ("./folder", "is no repository"),
+        ("demo", "comes with tnl and needs no download"),
+    ],
+)
+def test_what_cannot_be_downloaded_is_said_without_the_net(word: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "download", lambda *a, **k: pytest.fail("asked the net"))
+    with pytest.raises(RecipeError, match=said):
+        hub.run(word)
+
+
+def test_an_address_and_a_bare_name_say_what_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"is an address .*Write OpenNLPLab/TransNormerLLM-385M\.$"):
+        hub.resolve("https://huggingface.co/OpenNLPLab/TransNormerLLM-385M")
+    with pytest.raises(ModelError, match=r"^demoo: .*Name a folder, a repository \(owner/name\), or demo, the base that comes with tnl\.$"):
+        hub.resolve("demoo")
+    (tmp_path / "r.yaml").touch()
+    with pytest.raises(ModelError, match="Name the folder of a model or of a run"):
+        hub.resolve("r.yaml")

@@ -1,5 +1,6 @@
 """What is a path, and what stands beside one that is missing."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,27 @@ def test_nearest() -> None:
     assert paths.nearest("lerning_rate", ["seed", "learning_rate"]) == "learning_rate"
     assert paths.nearest("QKVU_PROJ", ["qkvu_proj"]) == "qkvu_proj"
     assert paths.nearest("zzz", ["seed"]) is None
+
+
+def test_a_name_that_goes_on_is_nearer_than_one_that_ends_alike() -> None:
+    assert paths.nearest("adamw", ["grokadamw", "adamw_torch", "adamw_8bit"]) == "adamw_torch"
+    assert paths.nearest("adamw", ["adamw", "adamw_torch"]) == "adamw"
+
+
+def test_paths_are_shown_from_here_and_a_copied_command_works(tmp_path: Path) -> None:
+    assert paths.shown(f"{tmp_path}/a b/x.json:record 3") == "a b/x.json:record 3"
+    assert (
+        paths.shown(tmp_path.parent) == str(tmp_path.parent)
+        and paths.nearby(f"{tmp_path}/a: no. Name {tmp_path}.") == f"a: no. Name {tmp_path}."
+    )
+    for name, written in {"run": "run", "小明": "小明", "a b": '"a b"', "it's": '"it\'s"', "$x": "'$x'"}.items():
+        assert paths.quoted(tmp_path / name) == written
+        assert shlex.split(paths.quoted(tmp_path / name)) == [name]
+
+
+def test_an_address_names_the_repository_in_it() -> None:
+    assert (
+        paths.address("https://me:secret@huggingface.co/OpenNLPLab/TransNormerLLM-7B/tree/main")[1] == "Write OpenNLPLab/TransNormerLLM-7B."
+    )
+    assert paths.address("https://modelscope.cn/models/OpenNLPLab/TransNormerLLM-7B")[1] == "Write OpenNLPLab/TransNormerLLM-7B."
+    assert paths.address("file://x")[1] == "Write owner/name alone."

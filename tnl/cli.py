@@ -67,6 +67,7 @@ RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Values that replace the recipe's.")]
 Talker = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A model's folder, demo, the folder of a run, or owner/name on a hub.")]
 Decorated = TypeVar("Decorated", bound=Callable[..., None])
+Dtype = Literal["auto", "bfloat16", "float32"]
 TALK: dict[str, tuple[Any, Any]] = {
     "system": (Annotated[str | None, typer.Option(help="The system prompt; without it that of the run.")], None),
     "template": (Annotated[str | None, typer.Option(help="How turns are written; without it as the run was taught.")], None),
@@ -76,7 +77,7 @@ TALK: dict[str, tuple[Any, Any]] = {
     "base": (Base, None),
     "hub": (HubOr, None),
     "device": (Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")], "auto"),
-    "dtype": (Annotated[str, typer.Option(help="auto, bfloat16 or float32.")], "auto"),
+    "dtype": (Annotated[Dtype, typer.Option(help="The numbers of the weights; auto: bfloat16 on a GPU, float32 elsewhere.")], "auto"),
 }
 """What chat, generate, serve and page have in common: name -> (type and help, default)."""
 SEED: dict[str, tuple[Any, Any]] = {
@@ -228,7 +229,7 @@ def evaluate(
 def merge(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run or of an adapter, or owner/name.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of the merged model; must not exist.")],
-    dtype: Annotated[str, typer.Option(help="auto (the base's), bfloat16 or float32.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="The numbers of the weights; auto: those of the base.")] = "auto",
     base: Base = None,
     hub: HubOr = None,
 ) -> None:
@@ -353,10 +354,11 @@ def _listen(stream: Any) -> list[bool]:
 
 def report(error: BaseException, debug: bool, command: str = "") -> int:
     """Print one line on stderr for what went wrong, the traceback with debug; return the exit code."""
+    if debug and not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    error = _cause(error)
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 0
-    if debug:
-        traceback.print_exception(error)
     code, line = _explain(error, command)
     if os.environ.get("RANK", "0") != "0":
         time.sleep(3)  # the first of processes that train together says the same, and its launcher then ends this one
@@ -365,9 +367,17 @@ def report(error: BaseException, debug: bool, command: str = "") -> int:
     return code
 
 
+def _cause(error: BaseException) -> BaseException:
+    """The signal where one is behind an error: transformers' lazy imports turn Ctrl-C into a module that is not found."""
+    behind: BaseException | None = error
+    while isinstance(behind, Exception) and not isinstance(behind, TnlError):
+        behind = behind.__cause__ or behind.__context__
+    return behind if isinstance(behind, KeyboardInterrupt) or (isinstance(behind, SystemExit) and behind.code == 143) else error
+
+
 def _explain(error: BaseException, command: str) -> tuple[int, str]:
     if isinstance(error, TnlError):
-        return error.exit_code, f"error: {error}"
+        return error.exit_code, paths.nearby(f"error: {error}")
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
         return 130, ""
     if hasattr(error, "format_message"):

@@ -65,6 +65,8 @@ def install(extra: str) -> str:
 
 def one_line(what: str, todo: str = "") -> str:
     """Join what is wrong and what to do into one sentence pair on one line, control characters made visible."""
-    ends = (todo.strip().rstrip(".") + ("" if todo.rstrip().endswith(("?", "!", "...")) else ".")) if todo.strip() else ""
+    ends = todo.strip()
+    if ends and not ends.endswith(("?", "!", "...")):
+        ends = f"{ends.rstrip('.')}."
     sentence = f"{what.rstrip().rstrip('.')}. {ends}".rstrip()
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in sentence)

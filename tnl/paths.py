@@ -1,8 +1,10 @@
 """What a word for a file means: a path or a repository, and what stands beside a path that is missing."""
 
+import contextlib
 import difflib
 import os
 import re
+import shlex
 from pathlib import Path
 
 from tnl.errors import TnlError
@@ -26,6 +28,26 @@ def absolute(text: str) -> Path:
     return Path(os.path.abspath(expand(text)))
 
 
+def shown(place: object) -> str:
+    """A path, or a place in a file, as seen from the current folder: what lies below it is relative."""
+    return str(place).removeprefix(f"{os.getcwd()}{os.sep}")
+
+
+def nearby(text: str) -> str:
+    """A line in which the paths below the current folder are as seen from there."""
+    with contextlib.suppress(FileNotFoundError):  # the current folder may be gone
+        text = text.replace(f"{os.getcwd()}{os.sep}", "")
+    return text
+
+
+def quoted(path: Path) -> str:
+    """The same for a command that a person copies: in quotes where a shell wants them, which it does not for Chinese."""
+    text = shown(path)
+    if not re.search(r"[\s'\"$&;()<>|*?`!#]", text):
+        return text
+    return shlex.quote(text) if re.search(r"[\"$`!]", text) else f'"{text}"'
+
+
 def home() -> Path:
     """Return the person's folder; the current one where the machine knows of none."""
     return absolute("~")
@@ -34,6 +56,13 @@ def home() -> Path:
 def is_repository(text: str) -> bool:
     """Whether a word is written as a hub's owner/name."""
     return _REPOSITORY.fullmatch(text) is not None
+
+
+def address(url: str) -> tuple[str, str]:
+    """What is wrong with an address in the place of a repository, and what to write: (what, what to do)."""
+    found = re.fullmatch(r"\w+://[^/]+/(?:models/)?([\w.-]+/[\w.-]+).*", url)
+    what = "is an address (needed: owner/name of a repository)"
+    return what, f"Write {found[1]}." if found else "Write owner/name alone."
 
 
 def looks_like_path(text: str) -> bool:
@@ -49,8 +78,11 @@ def looks_like_path(text: str) -> bool:
 
 
 def nearest(name: str, names: list[str]) -> str | None:
-    """Return the one of names that was probably meant, or None."""
+    """Return the one of names that was probably meant, or None: the first that goes on from it (adamw: adamw_torch), or the most alike."""
     lowered = {candidate.lower(): candidate for candidate in reversed(names)}
+    longer = next((candidate for candidate in names if candidate.lower().startswith(f"{name.lower()}_")), None)
+    if longer and name.lower() not in lowered:
+        return longer
     close = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.6)
     return lowered[close[0]] if close else None
 

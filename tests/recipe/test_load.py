@@ -260,6 +260,12 @@ def test_a_missing_recipe_names_its_neighbour(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_a_recipe_without_its_ending_is_a_file_too() -> None:
+    write(SMALL, "huanhuan-7b.yaml")
+    with pytest.raises(RecipeError, match=r"^huanhuan-7b: no such file\. Did you mean .*huanhuan-7b\.yaml\?$"):
+        load("huanhuan-7b")
+
+
 def test_overrides() -> None:
     path = write(SMALL + "lora:\n  r: 4\n")
     recipe = load(
@@ -281,7 +287,8 @@ def test_overrides() -> None:
         ("trian.seed=1", "command line: trian.seed: no such key. Did you mean train?"),
         ("train.sead=1", "command line: train.sead: no such key. Did you mean train.seed?"),
         ("train.seed=x", 'command line: train.seed: not what is needed (found text "x"; needed a whole number'),
-        ("train.seed=[", "command line: train.seed:line 1, column 2: not YAML"),
+        ("train.seed=]", "command line: train.seed:line 1, column 1: not YAML"),
+        ("data.columns={instruction:", "Put it in quotes for the shell: 'data.columns=...'"),
         ("lora=8", "command line: lora=8: found 8; needed null or a key"),
         ("train.seed=", "command line: train.seed: not what is needed (found null"),
         (".=1", "is not an override"),
@@ -304,7 +311,7 @@ def test_paths_are_resolved_once_as_a_shell_does(tmp_path: Path, monkeypatch: py
     assert recipe.data.eval == str(tmp_path / "d.json")  # relative to the current folder, not to the recipe's
     assert recipe.train.output_dir == str(tmp_path / "out")
     assert load(write(SMALL), ["model.path=OpenNLPLab/TransNormerLLM-7B"]).model.path == "OpenNLPLab/TransNormerLLM-7B"
-    assert "$NOWHERE is not set" in said(SMALL, "data.train=$NOWHERE/a.json")
+    assert "data.train: $NOWHERE is not set" in said(SMALL, "data.train=$NOWHERE/a.json")
 
 
 @pytest.mark.parametrize(
@@ -318,6 +325,7 @@ def test_paths_are_resolved_once_as_a_shell_does(tmp_path: Path, monkeypatch: py
         (["data.train=records/a.json", "train.output_dir=records"], "is the folder of the data"),
         (["train.output_dir=out/checkpoint-100"], "lies in a checkpoint"),
         (["train.output_dir=file"], "is a file"),
+        (["train.output_dir=file/sub/run"], "lies below file, which is a file"),
     ],
 )
 def test_an_output_folder_that_would_harm_is_refused(overrides: list[str], reason: str) -> None:

@@ -89,9 +89,9 @@ def run(run: str | Path, out: str | Path, dtype: str | None = None, base: str | 
         described = describe(folder, str(folder), template=template, system=metadata.system, generation=metadata.generation)
         assert described.base is not None
         write_metadata(folder, replace(described, base=replace(described.base, path=".", name=target.name)))
-    print(f"merged: {target}")
+    print(f"merged: {paths.shown(target)}")
     print(report)
-    print(f"Talk to it: tnl chat {target}")
+    print(f"Talk to it: tnl chat {paths.quoted(target)}")
 
 
 def free_folder(out: str | Path) -> Path:

@@ -68,7 +68,7 @@ def measure_run(recipe: Recipe, work: RunDir) -> dict[str, perplexity.Perplexity
         records = held_out(recipe, whole)
         return {"base": measure_base(recipe), "trained": perplexity.loss(loaded(recipe, whole), records)}
     if not work.adapter.is_dir():
-        raise ModelError(work.path, "has no adapter yet", f"Finish the run first: tnl resume {work.path}")
+        raise ModelError(work.path, "has no adapter yet", f"Finish the run first: tnl resume {paths.quoted(work.path)}")
     folder = base_folder(work.adapter)
     records = held_out(recipe, folder)
     model = loaded(recipe, folder)

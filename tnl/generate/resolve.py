@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from tnl import hub
+from tnl import hub, paths
 from tnl.adapter.gate import CONFIG
 from tnl.adapter.load import base_folder, load_adapter
 from tnl.adapter.metadata import METADATA, Metadata, read_adapter_metadata, read_json, template_of, tokenizer_hash
@@ -116,7 +116,7 @@ def find(folder: Path, notices: list[str]) -> tuple[Path | None, Path]:
                 check_checkpoint(checkpoint, step)
             return checkpoint if adapted else None, checkpoint
     if run.metadata.is_file():
-        raise ModelError(folder, "the run has saved nothing to talk to yet", f"Continue it: tnl resume {folder}")
+        raise ModelError(folder, "the run has saved nothing to talk to yet", f"Continue it: tnl resume {paths.quoted(folder)}")
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
     runs = [str(entry) for entry in sorted(folder.iterdir()) if RunDir(entry).metadata.is_file()]
     todo = f"Did you mean {runs[0]}?" if runs else "A model has config.json, an adapter adapter_config.json"

@@ -18,6 +18,8 @@ def run(model_or_run: str, prompt: str | None = None, file: Path | None = None, 
 
     Every question is one of its own, begun from the same seed. Raises RecipeError, DataError and what `resolve` raises.
     """
+    if prompt is not None and not prompt.strip():
+        prompt = None
     if (prompt is None) == (file is None):
         what = "both PROMPT and --file are given" if file is not None else "there is no question"
         raise RecipeError("command line", what, "Give one PROMPT, or a file of questions with --file")

@@ -49,7 +49,7 @@ def run(run: Path, repo: str, hub: Hub = "huggingface", public: bool = False, ba
 def result_of(work: RunDir) -> Path:
     """The folder that a finished run made, verified. Raises ModelError."""
     if work.status != "finished":
-        todo = f"Finish it first: tnl resume {work.path}." if work.recipe.is_file() else "Name the folder of a run."
+        todo = f"Finish it first: tnl resume {paths.quoted(work.path)}." if work.recipe.is_file() else "Name the folder of a run."
         raise ModelError(work.path, "is not the folder of a finished run", todo)
     folder = work.adapter if work.adapter.is_dir() else work.path / "model"
     verify(folder)

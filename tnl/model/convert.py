@@ -295,5 +295,5 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """torch.bfloat16 from itself or from "bfloat16"."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if found not in (*DTYPES, torch.float64):
-        raise ModelError("", f"{dtype} is no dtype for a model (float32, bfloat16, float16)", "Set model.dtype to one of them, or auto")
+        raise ModelError("", f"{dtype} is no dtype for a model (float32, bfloat16, float16)", "Take one of them, or auto")
     return found

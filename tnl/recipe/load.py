@@ -91,7 +91,8 @@ def text_of(values: dict[str, Any]) -> str:
 
 def _read(path: Path) -> str:
     if not path.exists():
-        raise RecipeError(path, *paths.missing(path))
+        what, todo = paths.missing(path)
+        raise RecipeError(path, what if path.suffix else re.sub("^no such folder(?!:)", "no such file", what), todo)
     if not path.is_file():
         raise RecipeError(path, "not a file (needed: a recipe, a YAML file)", "Name the recipe itself.")
     try:
@@ -139,6 +140,8 @@ def _apply(override: str, values: dict[str, Any], text: yaml_text.Text) -> None:
         )
     if keys[0] not in SECTIONS or (len(keys) == 1 and keys[0] != "lora"):
         raise complaints.unknown(("", *keys)).at(text, "command line")
+    if value.startswith(("{", "[")) and not value.endswith(("}", "]")):
+        raise RecipeError(f"command line: {name}", f"ends too early (found {value[:60]})", f"Put it in quotes for the shell: '{name}=...'")
     parsed = yaml_text.parse(value, f"command line: {name}").values
     for depth in range(1, len(keys) + 1):
         text.keys[tuple(keys[:depth])] = text.places[tuple(keys[:depth])] = "command line"
@@ -188,9 +191,7 @@ def _section(name: str, values: dict[str, Any] | None, text: yaml_text.Text) -> 
 def _resolve_paths(recipe: Recipe) -> None:
     model, data, train = recipe.model, recipe.data, recipe.train
     if "://" in recipe.model.path:
-        raise complaints.Complaint(
-            ("model", "path"), "is an address (needed: a folder, owner/name of a repository, or demo)", "Leave out https://..."
-        )
+        raise complaints.Complaint(("model", "path"), *paths.address(recipe.model.path))
     model.path = _path(("model", "path"), model.path) if model.path != "demo" else "demo"
     data.train = _files(("data", "train"), data.train)
     if isinstance(data.eval, (str, list)):
@@ -204,8 +205,9 @@ def _resolve_paths(recipe: Recipe) -> None:
 def _files(key: tuple[str, str], value: str | list[str]) -> str | list[str]:
     if value == [] or value == "":
         raise complaints.Complaint(key, "names no file (needed: a file, a folder or a list of these)")
-    one = [_absolute((*key, index), text) for index, text in enumerate([value] if isinstance(value, str) else value)]
-    return one[0] if isinstance(value, str) else one
+    if isinstance(value, str):
+        return _absolute(key, value)
+    return [_absolute((*key, index), text) for index, text in enumerate(value)]
 
 
 def _path(key: tuple[str, str], value: str) -> str:
@@ -276,6 +278,8 @@ def _check_output(recipe: Recipe) -> None:
         reason = "lies in a checkpoint"
     elif output.exists() and not output.is_dir():
         reason = "is a file"
+    elif beneath := next((parent for parent in output.parents if parent.is_file()), None):
+        reason = f"lies below {beneath.name}, which is a file"
     if reason:
         raise complaints.Complaint(
             ("train", "output_dir"), f"{reason} (found {output})", "Name a folder of its own, for example output/first."

@@ -1,7 +1,6 @@
 """`tnl check`: what a recipe would do, without training and without reading a weight."""
 
 import contextlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,15 +88,10 @@ def check_weights(base: Base) -> None:
     check_keys(base.folder, found, expected, optional={HEAD} if base.config.tie_word_embeddings else set())
 
 
-def short(place: object) -> str:
-    """A file, or a place in one, as seen from the current folder."""
-    return str(place).removeprefix(f"{Path.cwd()}{os.sep}")
-
-
 def show_statistics(report: Report, recipe: Recipe) -> None:
     """Files, rows, records, lengths, and every row that is not trained on."""
     for source in report.sources:
-        say(f"{short(source.path)}: {source.size:,} bytes")
+        say(f"{paths.shown(source.path)}: {source.size:,} bytes")
     table = Table("", "", box=None, show_header=False, pad_edge=False)
     table.add_row("format", ", ".join(f"{name} ({count} file{'s' * (count > 1)})" for name, count in report.formats.items()))
     table.add_row("rows read", f"{report.rows:,}")
@@ -107,7 +101,7 @@ def show_statistics(report: Report, recipe: Recipe) -> None:
     table.add_row("cut, dropped", f"{report.truncated:,}, {report.dropped:,} (max_length {recipe.data.max_length}, {recipe.data.overlong})")
     table.add_row("duplicates", f"{report.duplicates:,}")
     lengths = ", ".join(f"{value:,} ({share}%)" for share, value in report.percentiles.items())
-    table.add_row("tokens a record", f"at most {lengths}; longest {report.longest:,}, {short(report.longest_id)}")
+    table.add_row("tokens a record", f"at most {lengths}; longest {report.longest:,}, {paths.shown(report.longest_id)}")
     table.add_row("tokens", f"{report.tokens:,}, of which {report.supervised:,} are learned ({report.supervised / report.tokens:.0%})")
     table.add_row("template", f"{report.template} ({report.template_hash[:12]})")
     console.print(table, markup=False)
@@ -132,7 +126,7 @@ def show_record(record: dict[str, Any], base: Base) -> None:
     brackets = console.color_system is None
     how = "between [[ and ]]" if brackets else "green"
     say("")
-    say(f"{short(record['id'])}: {len(record['input_ids'])} tokens, {count_supervised(record)} learned ({how})")
+    say(f"{paths.shown(record['id'])}: {len(record['input_ids'])} tokens, {count_supervised(record)} learned ({how})")
     size, half = len(record["input_ids"]), SHOWN // 2
     if size <= SHOWN:
         console.print(coloured(record, base.tokenizer, brackets))

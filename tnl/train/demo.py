@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import lzma
 import math
@@ -21,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from tnl import paths
 from tnl.adapter.load import load_adapter
 from tnl.data.build import build
 from tnl.data.messages import Message, Role
@@ -311,13 +311,5 @@ def megabytes(size: int) -> str:
 def show_next(work: RunDir) -> None:
     """What to do now."""
     say()
-    say(f"Go on talking:       tnl chat {quoted(work.path)}", style="bold")
+    say(f"Go on talking:       tnl chat {paths.quoted(work.path)}", style="bold")
     say(f"The real one, 385M:  tnl train {REAL}", style="bold")
-
-
-def quoted(path: Path) -> str:
-    """A path as a shell takes it, relative where that is shorter; names in Chinese need no quotes."""
-    with contextlib.suppress(ValueError):
-        path = path.relative_to(Path.cwd())
-    text = str(path)
-    return f'"{text}"' if set(text) & set(" '") else text

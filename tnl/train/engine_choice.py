@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tnl import paths
 from tnl.errors import RecipeError, install
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.recipe.sections import TrainSection
@@ -170,6 +171,8 @@ def read(config: Any, key: str, where: Where) -> tuple[str, dict[str, Any]]:
     if isinstance(config, Mapping):
         return f"{at(where, f'train.{key}')}.", dict(config)
     path = Path(str(config))
+    if not path.exists():
+        raise RecipeError(at(where, f"train.{key}"), f"{path}: {paths.missing(path)[0]}", paths.missing(path)[1])
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

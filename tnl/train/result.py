@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tnl import paths
 from tnl.adapter.load import load_adapter
 from tnl.adapter.metadata import Metadata, describe, write_metadata
 from tnl.data.template import TEMPLATES
@@ -58,14 +59,14 @@ def finish(
     answers = ask(recipe, base, model, prompts, stop)
     if stop.requested:
         work.update_metadata(status="interrupted")
-        say(f"stopped; training is done and saved in {folder}. The same command finishes the run")
+        say(f"stopped; training is done and saved in {paths.shown(folder)}. The same command finishes the run")
         raise SystemExit(stop.exit_code)
     asked = [replace(sample, after=text) for sample, text in zip(asked, answers)]
     generation.write(asked, work.samples)
     callbacks.draw(lines, work.plot)
     work.update_metadata(status="finished", steps=trainer.state.global_step, best_step=trainer.state.best_global_step)
     show_samples(asked)
-    say(f"saved in {folder}. Talk to it: tnl chat {work.path}")
+    say(f"saved in {paths.shown(folder)}. Talk to it: tnl chat {paths.quoted(work.path)}")
 
 
 def result_folder(work: RunDir, adapted: bool) -> Path:

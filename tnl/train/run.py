@@ -42,7 +42,9 @@ def resume(run_path: Path, *, memory: float | None = None, allow_change: Sequenc
     """Continue the run in a folder by its own recipe. Raises ModelError where it is none."""
     found = RunDir(paths.existing(run_path, ModelError))
     if not found.path.is_dir():
-        raise ModelError(run_path, "is a file (needed: the folder of a run)", f"Name a run's folder, or start one: tnl train {run_path}")
+        raise ModelError(
+            run_path, "is a file (needed: the folder of a run)", f"Name a run's folder, or start one: tnl train {paths.quoted(run_path)}"
+        )
     if not found.read_metadata() or not found.recipe.is_file():
         raise ModelError(run_path, "is not the folder of a run (run.json or recipe.yaml is missing)", "Start one with tnl train RECIPE.")
     return train(load(found.recipe, [f"train.output_dir={found.path}"]), memory, allow_change)
@@ -63,7 +65,7 @@ def train(recipe: Recipe, memory: float | None, allow: Sequence[str] = ()) -> Ru
     with crew.together():
         finished = crew.saves and occupied(path) and open_run(path, facts, allow)[1] == "finished"
     if crew.share(finished):
-        say(f"{path}: this run is finished: tnl chat {path}")
+        say(f"{paths.shown(path)}: this run is finished. Talk to it: tnl chat {paths.quoted(path)}")
         return RunDir(path)
     data = together.read(crew, lambda: build(recipe.data, base.tokenizer, seed=recipe.train.seed))  # type: ignore[arg-type]
     show_data(data)
@@ -175,7 +177,7 @@ def begin(work: RunDir, recipe: Recipe, folder: Path | None, notices: Sequence[s
     for line in notices:
         say(line)
     if folder is not None:
-        say(f"{work.path}: this run is unfinished; it goes on from {folder.name}")
+        say(f"{paths.shown(work.path)}: this run is unfinished; it goes on from {folder.name}")
     dump(recipe, work.recipe)
     versions = {name: version(name) for name in ("tnl", "torch", "transformers", "peft")}
     work.update_metadata(status="unfinished", versions=versions, command=sys.argv)
@@ -186,7 +188,7 @@ def stopped_early(work: RunDir, folder: Path | None, stop: StopSignals) -> None:
     if folder is None:
         say("stopped before the first step; the same command starts again")
     else:
-        say(f"stopped; {folder.name} is as it was. Go on with: tnl resume {work.path}")
+        say(f"stopped; {folder.name} is as it was. Go on with: tnl resume {paths.quoted(work.path)}")
     raise SystemExit(stop.exit_code)
 
 
@@ -196,7 +198,8 @@ def interrupted(work: RunDir, trainer: TnlTrainer, stop: StopSignals) -> None:
         stopped_early(work, None, stop)
     work.update_metadata(status="interrupted")
     callbacks.draw(callbacks.read_metrics(work.metrics), work.plot)
-    say(f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved. Go on with: tnl resume {work.path}")
+    done = f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved"
+    say(f"{done}. Go on with: tnl resume {paths.quoted(work.path)}")
     raise SystemExit(stop.exit_code)
 
 
