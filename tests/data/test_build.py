@@ -84,13 +84,13 @@ def test_no_near_duplicate_is_held_out(tmp_path: Path) -> None:
     rows += [{"instruction": "ＷＨＯ are you", "output": "a1"}, {"instruction": "who are you?!", "output": "a2"}]
     dataset = build(Section(write(tmp_path / "a.json", rows + persona(4)), eval=0.5), TOKENIZER)
     assert sorted(text_of(record) for record in dataset.eval) == [f"第{i}答" for i in range(4)]
-    assert "only 4 records have no near-duplicate" in dataset.report.notices[-1]
+    assert "4 records are held out instead of 50%: 4 records are without a near-duplicate among the others" in dataset.report.notices[-1]
 
 
 def test_too_few_records_hold_out_none_and_say_so(tmp_path: Path) -> None:
     dataset = build(Section(write(tmp_path / "a.json", persona(5))), TOKENIZER)
     assert (len(dataset.train), len(dataset.eval)) == (5, 0)
-    assert "5 records are too few" in dataset.report.notices[0]
+    assert dataset.report.notices == ["no record is held out instead of 5%: 5 records are too few"]
     assert len(build(Section(tmp_path / "a.json", eval=0.99), TOKENIZER).train) == 1
 
 

@@ -225,3 +225,8 @@ def test_a_file_of_megabytes_is_read_whole(name: str, tmp_path: Path) -> None:
     records = read_records(path)
     assert [record.messages[0].content for record in records] == [row["conversations"][0]["value"] for row in rows]
     assert {record.messages[1].content for record in records} == {said["value"]}
+
+
+def test_what_a_row_of_a_transcript_needs_is_said(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="Every row of a transcript needs name and line"):
+        read_records(write(tmp_path / "a.json", [{"instruction": "a", "output": "b"}]), format="transcript", persona="a")

@@ -140,3 +140,10 @@ def test_whatever_bytes_come_nothing_but_a_data_error_goes(tmp_path_factory: pyt
         assert all(isinstance(row.value, dict) for row in rows_of(path, None))
     except DataError as error:
         assert str(path) in str(error) and str(error).isprintable()
+
+
+def test_a_file_that_was_cut_off_may_have_to_be_fetched_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"instruction": "a", "output": "b"}, {"instruction": "问', encoding="utf-8")
+    with pytest.raises(DataError, match=r"a text is not closed .* or download the file again if its end is missing"):
+        list(rows_of(path, None))

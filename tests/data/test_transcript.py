@@ -161,6 +161,29 @@ def test_an_unknown_or_missing_persona_is_answered_with_the_speakers() -> None:
         records(SCRIPT, None)
 
 
+def test_a_persona_that_is_nearly_named_is_meant() -> None:
+    with pytest.raises(DataError, match=r"never speaks .*Did you mean Bob 🐻\?$"):
+        records("Ann: 1\nBob 🐻: 2\n", "bob")
+    with pytest.raises(DataError, match=r"a\.txt: nobody speaks .*Write `name: line`"):
+        records("<ann> hi\n<bob> lo\n", "bob")
+
+
+def test_a_name_in_capitals_is_the_same_speaker() -> None:
+    found = parse_transcript("MARA: a\nTom: b\nMara: c\n\nTOM: d\nMara: e\n")
+    assert found.speakers == {"Mara": 3, "Tom": 2}
+    made, _ = persona_records([(Path("a.txt"), found)], "mara", found.speakers)
+    assert made[1].messages[0] == Message(Role.USER, "d")
+
+
+def test_what_a_chat_program_says_of_messages_that_are_gone_is_not_learned() -> None:
+    heads = [f"2024-01-01 20:0{i}:00 {name}" for i, name in enumerate(("小鱼", "阿泽", "小鱼"))]
+    chat = f'{heads[0]}\n在吗\n{heads[1]}\n"小鱼" 撤回了一条消息\n早点睡\n{heads[2]}\n你撤回了一条消息\n'
+    found = parse_transcript(chat)
+    assert shown(found) == [[("小鱼", "在吗"), ("阿泽", "早点睡")]] and found.passed == {"lines without words": 1}
+    english = "[1/2/24, 9:10 PM] Ann: This message was deleted\n[1/2/24, 9:11 PM] Bob: ok <This message was edited>\n"
+    assert shown(parse_transcript(english)) == [[("Bob", "ok")]]
+
+
 def test_rows_become_scenes() -> None:
     lines = [
         Line("f:line 2", "A", "1", "x"),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tnl.errors import RecipeError
 from tnl.recipe.load import dump, dumps, load
+from tnl.recipe.sections import COLUMNS
 
 SMALL = "model:\n  path: demo\ndata:\n  train: records.json\n"
 
@@ -289,6 +290,8 @@ def test_overrides() -> None:
         ("train.seed=x", 'command line: train.seed: not what is needed (found text "x"; needed a whole number'),
         ("train.seed=]", "command line: train.seed:line 1, column 1: not YAML"),
         ("data.columns={instruction:", "Put it in quotes for the shell: 'data.columns=...'"),
+        ("data.columns={outputs: answer}", "command line: data.columns.outputs: no such column. Did you mean output?"),
+        ("data.columns={output: answer, zzz: b}", "no such column. On the left stands one of instruction, input"),
         ("lora=8", "command line: lora=8: found 8; needed null or a key"),
         ("train.seed=", "command line: train.seed: not what is needed (found null"),
         (".=1", "is not an override"),
@@ -382,7 +385,7 @@ def test_dump_is_complete_and_reads_back_equal(tmp_path: Path) -> None:
         st.sampled_from(["no", "~", "1e3", "on: off", "", "'", "- a", "#x"]),
     ),
     rate=st.floats(1e-12, 1, exclude_min=True),
-    columns=st.dictionaries(st.text(string.printable, min_size=1, max_size=8), st.text(string.printable, max_size=8), max_size=3),
+    columns=st.dictionaries(st.sampled_from(COLUMNS), st.text(string.printable, max_size=8), max_size=3),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_any_recipe_reads_back_equal(system: str | None, rate: float, columns: dict[str, str], seed: int) -> None:

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import pytest
 
-from tnl.recipe.sections import SECTIONS, DataSection, ModelSection, TrainSection
+from tnl.recipe.sections import COLUMNS, SECTIONS, DataSection, ModelSection, TrainSection
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,6 +27,12 @@ def test_templates_are_those_of_data() -> None:
     from tnl.data.template import TEMPLATES
 
     assert choices(DataSection, "template") == set(TEMPLATES)
+
+
+def test_columns_are_those_of_the_formats() -> None:
+    from tnl.data import formats
+
+    assert set(COLUMNS) == {name for names in formats.COLUMNS.values() for name in names}
 
 
 def test_backends_are_those_of_kernels() -> None:

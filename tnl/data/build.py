@@ -283,9 +283,15 @@ def hold_out(examples: list[Example], share: float, seed: int, report: Report) -
     wanted = round(share * len(members))
     held = {name for _, name in sorted(alone)[: min(wanted, len(members) - 1)]}
     if len(held) < max(wanted, 1):
-        reason = f"{len(members)} records are too few" if wanted < 1 else f"only {len(alone)} records have no near-duplicate"
-        report.notices.append(f"{len(held)} records are held out instead of {share:.0%}: {reason}")
+        few = f"{few_words(len(members))} too few"
+        reason = few if wanted < 1 or len(members) == 1 else f"{few_words(len(alone))} without a near-duplicate among the others"
+        report.notices.append(f"{few_words(len(held))} held out instead of {share:.0%}: {reason}")
     return [e for e in examples if e.unit not in held], [e for e in examples if e.unit in held]
+
+
+def few_words(count: int) -> str:
+    """So many records are: "no record is", "1 record is", "3 records are"."""
+    return f"{count or 'no'} record is" if count < 2 else f"{count:,} records are"
 
 
 def finish(train: list[Example], held: list[Example], report: Report) -> None:

@@ -19,7 +19,10 @@ from tnl.data.transcript import Line, Scenes, parse_transcript, persona_records,
 from tnl.errors import DataError
 
 FORMATS = ("auto", "alpaca", "messages", "sharegpt", "transcript", "text")
-NEEDS = "Every record needs instruction and output; input may be empty."
+NEEDS = {
+    **dict.fromkeys(("instruction", "input", "output"), "Every record needs instruction and output; input may be empty."),
+    **dict.fromkeys(("name", "line"), "Every row of a transcript needs name and line."),
+}
 
 ROLES: dict[str, Role] = {
     **dict.fromkeys(("system", "developer"), Role.SYSTEM),
@@ -152,7 +155,7 @@ class Mapper:
             if not needed:
                 return ""
             what = "is null" if self.has(row, ours) else "is missing"
-            todo = mapping_to_try(row, [ours]) or (NEEDS if ours in COLUMNS["alpaca"] else f"Every record needs {ours}.")
+            todo = mapping_to_try(row, [ours]) or NEEDS.get(ours, f"Every record needs {ours}.")
             raise DataError(where, f"{self.shown(ours)} {what} (found {shown_keys(row)})", todo)
         return checked_text(value, self.shown(ours), where)
 

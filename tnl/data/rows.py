@@ -95,7 +95,8 @@ def explain(error: json.JSONDecodeError) -> tuple[str, str]:
     if "control character" in error.msg:
         return f"a line break or tab inside a text{found}", "Write it as \\n or \\t."
     if "Unterminated" in error.msg:
-        return f"a text is not closed{found}", 'Close it with a double quote; within a text write \\".'
+        todo = 'Close it with a double quote (within a text write \\"), or download the file again if its end is missing.'
+        return f"a text is not closed{found}", todo
     if "delimiter" in error.msg:
         return f"{error.msg[0].lower()}{error.msg[1:]}{found}", "Look for a missing comma or an unescaped double quote before it."
     return f"{error.msg[0].lower()}{error.msg[1:]}{found}", "Correct it there."

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tnl.data.messages import Message, Record, Role
 from tnl.errors import DataError
+from tnl.paths import nearest
 
 PAUSE = 60
 """Minutes of silence after which a chat begins another scene."""
@@ -44,6 +45,12 @@ MEDIA = re.compile(
     r"|(?:image|video|audio|sticker|gif|document) omitted",
     re.IGNORECASE,
 )
+RECALLED = re.compile(
+    r"(?:你|[\"“「]?.{1,40}?[\"”」]?)\s?撤回了一条消息\s*(?:重新编辑)?|\[?(?:消息已撤回|已撤回)\]?"
+    r"|You deleted this message\.?|This message was deleted\.?|.{1,40} (?:has )?(?:recalled|unsent) a message\.?"
+)
+"""A whole line that says a message is gone."""
+EDITED = re.compile(r"<This message was edited>")
 MARKS = dict.fromkeys(map(ord, "\u200e\u200f\u202a\u202b\u202c\u2066\u2067\u2068\u2069\ufeff"))
 
 
@@ -86,7 +93,13 @@ def parse_transcript(text: str) -> Scenes:
 
 
 def summary(scenes: list[list[Line]], passed: Counter[str], notices: list[str]) -> Scenes:
-    """The scenes with their speakers counted."""
+    """The scenes with their speakers counted; MARA and Mara are one, by the spelling that is used most."""
+    spelled: dict[str, Counter[str]] = {}
+    for scene in scenes:
+        for line in scene:
+            spelled.setdefault(line.name.casefold(), Counter())[line.name] += 1
+    names = {folded: counts.most_common(1)[0][0] for folded, counts in spelled.items()}
+    scenes = [[replace(line, name=names[line.name.casefold()]) for line in scene] for scene in scenes]
     return Scenes(scenes, Counter(line.name for scene in scenes for line in scene), passed, notices)
 
 
@@ -180,8 +193,9 @@ def chat_lines(lines: list[str], heads: re.Pattern[str], passed: Counter[str]) -
 
 
 def spoken_text(line: Line) -> Line:
-    """The line without pictures and the like."""
-    return replace(line, text=MEDIA.sub("", line.text).strip())
+    """The line without pictures and the like, and without what the chat program says of messages that are gone."""
+    kept = [part for part in line.text.split("\n") if not RECALLED.fullmatch(part.strip())]
+    return replace(line, text=EDITED.sub("", MEDIA.sub("", "\n".join(kept))).strip())
 
 
 def minutes(clock: str) -> int:
@@ -208,10 +222,15 @@ def persona_records(scenes: list[tuple[Path, Scenes]], persona: str | None, spea
     wanted = plain_name(persona or "").casefold()
     shown = ", ".join(f"{name} {count}" for name, count in speakers.most_common(12)) or "none"
     where = scenes[0][0]
-    if not wanted:
+    if not wanted and speakers:
         raise DataError(where, f"a transcript needs data.persona (speakers: {shown})", "Name the speaker to learn.")
+    if not speakers:
+        todo = "Write `name: line`, with an empty line between scenes, or set data.format: text."
+        raise DataError(where, "nobody speaks (needed: lines of the form `name: line`, or an exported chat)", todo)
     if not any(name.casefold() == wanted for name in speakers):
-        raise DataError(where, f"data.persona: {persona!r} never speaks (speakers: {shown})", "Name one of them.")
+        near = next((name for name in speakers if wanted in name.casefold()), None) or nearest(wanted, list(speakers))
+        todo = f"Did you mean {near}?" if near else "Name one of them."
+        raise DataError(where, f"data.persona: {persona!r} never speaks (speakers: {shown})", todo)
     records: list[Record] = []
     passed: Counter[str] = Counter()
     for path, found in scenes:

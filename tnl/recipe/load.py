@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from tnl import paths
 from tnl.errors import RecipeError
 from tnl.recipe import complaints, old_names, yaml_text
-from tnl.recipe.sections import SECTIONS, DataSection, GenerationSection, LoraSection, ModelSection, TrainSection, given
+from tnl.recipe.sections import COLUMNS, SECTIONS, DataSection, GenerationSection, LoraSection, ModelSection, TrainSection, given
 from tnl.recipe.settle import settle
 
 MAX_BYTES = 1_000_000
@@ -232,6 +232,11 @@ def _check(recipe: Recipe) -> None:
     data, train = recipe.data, recipe.train
     if isinstance(data.eval, (int, float)) and not 0 <= data.eval <= 0.5:
         raise complaints.Complaint(("data", "eval"), f"out of range (found {data.eval}; needed a share from 0 to 0.5, or files)")
+    for name in data.columns or {}:
+        if name not in COLUMNS:
+            near = paths.nearest(name, list(COLUMNS))
+            todo = f"Did you mean {near}?" if near else f"On the left stands one of {', '.join(COLUMNS)}; on the right the file's own name."
+            raise complaints.Complaint(("data", "columns", name), "no such column", todo, of_key=True)
     if data.persona is not None and data.format not in ("auto", "transcript"):
         raise complaints.Complaint(("data", "persona"), f"is for transcripts (found data.format: {data.format})", "Remove one of them.")
     if data.shared_prompt is True and data.packing == "none":

@@ -176,6 +176,12 @@ class GenerationSection(Strict):
     """Above 1 makes tokens that have stood before less probable."""
 
 
+COLUMNS = (
+    *("instruction", "input", "output", "system", "history", "messages", "role", "content", "tools"),
+    *("conversations", "from", "value", "name", "line", "scene", "text"),
+)
+"""What data.columns may name on the left: the columns of all formats."""
+
 SECTIONS: dict[str, type[Strict]] = {
     "model": ModelSection,
     "data": DataSection,
