@@ -173,11 +173,15 @@ def test_the_token_is_sent_and_not_said(kind: str, small: Any, tnl: Any) -> None
         (["owner/pickle"], "owner/pickle: no such folder here and no such repository on"),
         (["owner/pickled", "--revision", "v9"], "owner/pickled: has no revision v9 on"),
         (["owner/empty"], "owner/empty: has no weights (found README.md"),
-        (["not a name"], "no such"),
     ],
 )
 def test_what_a_hub_refuses_is_said_in_one_line(kind: str, small: Any, tnl: Any, arguments: list[str], said: str) -> None:
     one_error(tnl(small, "download", *arguments, "--hub", kind), 4, said)
+
+
+def test_what_is_no_name_is_a_mistake_before_the_hub_is_asked(kind: str, small: Any, tnl: Any) -> None:
+    one_error(tnl(small, "download", "not a name", "--hub", kind), 2, "not a name: is no repository (needed: owner/name)")
+    assert not small.served.tokens
 
 
 @pytest.mark.parametrize(
