@@ -2,9 +2,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from tnl.errors import DataError, RecipeError
-from tnl.generate.run import run
+from tnl.errors import DataError, NumbersError, RecipeError
+from tnl.generate.resolve import resolve
+from tnl.generate.run import SLOTS, answers, run
 
 
 def test_one_prompt(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,6 +25,27 @@ def test_a_file_of_prompts(adapter: Path, tmp_path: Path, capsys: pytest.Capture
     assert lines[0] == lines[2] and set(lines[0]) == {"prompt", "answer", "finish", "prompt_tokens", "tokens"}
     run(str(adapter), "你\u2028好", **options)  # type: ignore[arg-type]
     assert capsys.readouterr().out == lines[0]["answer"] + "\n"
+
+
+def test_a_file_of_many_prompts_is_answered_as_one_by_one(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    questions = [f"第 {i} 问" + "啊" * (i % 7) for i in range(2 * SLOTS + 5)]
+    (tmp_path / "questions.txt").write_text("\n".join(questions), encoding="utf-8")
+    run(str(adapter), None, tmp_path / "questions.txt", device="cpu")
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["prompt"] for line in lines] == questions
+    talker = resolve(str(adapter), {"device": "cpu"})
+    for line in lines:
+        conversation = talker.conversation()
+        assert line["answer"] == "".join(conversation.say(line["prompt"])) and conversation.last is not None
+        last = conversation.last
+        assert (line["finish"], line["prompt_tokens"], line["tokens"]) == (last.finish, last.read, last.tokens)
+
+
+def test_numbers_that_are_not_finite_end_it(adapter: Path) -> None:
+    talker = resolve(str(adapter), {"device": "cpu"})
+    talker.merged().lm_head.weight.data.fill_(torch.nan)
+    with pytest.raises(NumbersError, match=r"^answer to .你好.: the model's numbers are not finite"):
+        list(answers(talker, ["你好"]))
 
 
 def test_a_notice_is_not_part_of_the_answer(base: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,8 @@ import torch
 
 from tnl import hub, paths
 from tnl.adapter.gate import CONFIG
-from tnl.adapter.load import base_folder, load_adapter
+from tnl.adapter.load import base_folder, base_of, load_adapter
+from tnl.adapter.merge import merge
 from tnl.adapter.metadata import METADATA, Metadata, read_adapter_metadata, read_json, template_of, tokenizer_hash
 from tnl.data.template import TEMPLATES, Template
 from tnl.errors import ModelError, RecipeError
@@ -61,6 +62,10 @@ class Talker:
     def conversation(self) -> Conversation:
         """A new conversation; any number can share the model."""
         return Conversation(self.model, self.tokenizer, self.template, self.system, self.settings, self.seed)
+
+    def merged(self) -> Any:
+        """The model alone, its adapter merged in, as an engine takes it; changes it for good."""
+        return self.model if base_of(self.model) is self.model else merge(self.model)
 
 
 def resolve(word: str, options: Options | None = None) -> Talker:

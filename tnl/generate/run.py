@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 from tnl import paths
-from tnl.errors import DataError, RecipeError
+from tnl.data.messages import Message, Role
+from tnl.data.template import encode_prompt, stop_ids
+from tnl.errors import DataError, NumbersError, RecipeError
+from tnl.generate.conversation import stop_texts
+from tnl.generate.engine import Engine
+from tnl.generate.request import Request, Ticket
 from tnl.generate.resolve import Options, Talker, resolve
 from tnl.generate.terminal import Screen
+
+SLOTS = 16
+"""Questions of a file that are answered at a time."""
 
 
 def run(model_or_run: str, prompt: str | None = None, file: Path | None = None, **options: Unpack[Options]) -> None:
     """Print the answer of one prompt as it comes; of a file of prompts, one a line, print one JSON object an answer.
 
-    Every question is one of its own, begun from the same seed. Raises RecipeError, DataError and what `resolve` raises.
+    Every question is one of its own, begun from the same seed. Raises RecipeError, DataError, NumbersError and what `resolve` raises.
     """
     if prompt is not None and not prompt.strip():
         prompt = None
@@ -33,17 +44,39 @@ def run(model_or_run: str, prompt: str | None = None, file: Path | None = None, 
             screen.write(piece)
         screen.line()
         return
-    for question in questions:
-        screen.line(json.dumps(answer(talker, question or ""), ensure_ascii=screen.encoding.lower() != "utf-8"))
+    for line in answers(talker, questions):
+        screen.line(json.dumps(line, ensure_ascii=screen.encoding.lower() != "utf-8"))
 
 
-def answer(talker: Talker, question: str) -> dict[str, str | int]:
-    """One answer and what it took, with the keys of a line of the output."""
-    conversation = talker.conversation()
-    text = "".join(conversation.say(question))
-    last = conversation.last
-    assert last is not None
-    return {"prompt": question, "answer": text, "finish": last.finish, "prompt_tokens": last.read, "tokens": last.tokens}
+def answers(talker: Talker, questions: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Each answer and what it took, with the keys of a line of the output: in order, many drawn at a time. Raises NumbersError."""
+    engine = Engine(talker.merged(), talker.tokenizer, slots=SLOTS, queue=SLOTS, prefix_bytes=0)
+    asked: deque[tuple[str, Ticket]] = deque()
+    left = iter(questions)
+    while True:
+        for question in islice(left, 2 * SLOTS - len(asked)):
+            asked.append((question, engine.submit(request(talker, question))))
+        if not asked:
+            return
+        question, ticket = asked[0]
+        if not ticket.done.is_set():
+            engine.step()
+            continue
+        asked.popleft()
+        [found] = ticket.answers
+        if found.finish == "error":
+            raise NumbersError(
+                f'answer to "{question[:40]}"', found.error, "Use dtype float32, or an adapter from before the loss went wrong"
+            )
+        took = {"prompt_tokens": len(ticket.request.ids), "tokens": found.tokens}
+        yield {"prompt": question, "answer": found.text, "finish": found.finish, **took}
+
+
+def request(talker: Talker, question: str) -> Request:
+    """What asks for an answer as chat would ask."""
+    ids = encode_prompt([Message(Role.USER, question)], talker.tokenizer, talker.template, system=talker.system)
+    stops = stop_ids(talker.tokenizer)
+    return Request(tuple(ids), talker.settings, stop_ids=tuple(stops), stop=stop_texts(talker.template), seed=talker.seed)
 
 
 def read_questions(file: Path) -> list[str]:

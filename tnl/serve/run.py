@@ -19,14 +19,12 @@ from typing import Any
 import uvicorn
 
 from tnl import hub, paths
-from tnl.adapter.load import base_of
-from tnl.adapter.merge import merge
 from tnl.adapter.metadata import Metadata, tokenizer_hash
 from tnl.data.template import TEMPLATES
 from tnl.errors import RecipeError
 from tnl.generate.adapters import Adapters
 from tnl.generate.engine import STATE_WRITES, Engine
-from tnl.generate.resolve import Options, Talker, choose_settings, resolve
+from tnl.generate.resolve import Options, choose_settings, resolve
 from tnl.serve.app import Service, create_app
 from tnl.serve.catalog import NAME, RULE, Catalog, Served
 from tnl.serve.gate import Limits
@@ -128,7 +126,8 @@ def prepare(model_or_run: str, serving: Serving, options: Mapping[str, Any]) -> 
     wanted = Options(**{name: value for name, value in options.items() if name in Options.__annotations__})  # type: ignore[typeddict-item]
     talker = resolve(model_or_run, wanted)
     beside = talker.adapter is not None and (serving.adapters is not None or not serving.merge)
-    model, base = unwrapped(talker, beside), served_name(model_or_run)
+    model: Any = talker.model.unload().eval() if beside else talker.merged()
+    base = served_name(model_or_run)
     served = Served(base, talker.template, talker.system, talker.settings)
     weights = hub.DEMO if model.name_or_path == "demo" else Path(model.name_or_path)
     if beside:
@@ -150,13 +149,6 @@ def prepare(model_or_run: str, serving: Serving, options: Mapping[str, Any]) -> 
     if beside and talker.adapter is not None:
         catalog.extra[served_name(model_or_run)] = talker.adapter
     return Service(engine, catalog, Runs(serving.runs), Metrics(engine), serving.limits), talker.notices
-
-
-def unwrapped(talker: Talker, beside: bool) -> Any:
-    """The model alone: with its adapter merged in, or without it."""
-    if base_of(talker.model) is talker.model:
-        return talker.model
-    return talker.model.unload().eval() if beside else merge(talker.model)
 
 
 def served_name(word: str) -> str:
