@@ -9,6 +9,7 @@ from torch import nn
 
 pytest.importorskip("triton")
 from tnl.kernels import dispatch
+from tnl.kernels.reference import Rows
 from tnl.model.configuration_transnormer import TransnormerConfig
 from tnl.model.modeling_transnormer import TransnormerForCausalLM
 
@@ -129,9 +130,10 @@ def test_options_outside_the_fast_path_run_as_peft_does() -> None:
     compare(make(["qkvu_proj", "l1"], use_dora=True), None, **batch())
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("number", [0, 1], ids=["LRPE", "no LRPE"])
-def test_the_inputs_of_products_are_not_kept(number: int, again: bool) -> None:
+def test_neither_inputs_of_products_nor_masks_are_kept(number: int, again: bool, dropout: float) -> None:
     """Per layer: the residual stream twice, qkvu, the attention output, thin things, and the GLU's halves unless they are made again."""
     saved: dict[int, int] = {}
 
@@ -140,21 +142,15 @@ def test_the_inputs_of_products_are_not_kept(number: int, again: bool) -> None:
             saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    model = make().to(DEVICE)
+    model = make(dropout=dropout).to(DEVICE)
     model.base_model.model.model.pick_kernels("triton")
     assert isinstance(model.base_model.model.model.ops, dispatch.Ops)
     frozen = {p.untyped_storage().data_ptr() for p in model.parameters()}
     layer, T = model.base_model.model.model.layers[number], 21
     x = torch.randn(1, T, 32, device=DEVICE, requires_grad=True)
-    rows, layer.glu_again = dispatch_rows(T), again
+    rows, layer.glu_again = Rows(torch.arange(T, device=DEVICE)[None], dropout_keys=keys_of(T)), again
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda y: y):
         layer(x, None, rows, model.base_model.model.model.ops)
     kept = sum(size for pointer, size in saved.items() if pointer not in frozen)
     wide = T * 4 * (2 * 32 + 4 * 32 + 32 + (0 if again else 2 * 48))
     assert wide <= kept <= wide * 1.02
-
-
-def dispatch_rows(T: int) -> object:
-    from tnl.kernels.reference import Rows
-
-    return Rows(torch.arange(T, device=DEVICE)[None])
