@@ -203,7 +203,7 @@ def test_a_disk_that_is_full_half_way(make_adapter: Make, tmp_path: Path) -> Non
     before = sorted(tmp_path.rglob("*"))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 6 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith(f"error: {tmp_path}/out: could not be written: ") and "File too large" in done.stderr
+    assert done.stderr.startswith("error: out: could not be written: ") and "File too large" in done.stderr
     assert sorted(tmp_path.rglob("*")) == before
 
 
