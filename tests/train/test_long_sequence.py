@@ -285,6 +285,19 @@ def test_a_step_of_the_optimizer_learns() -> None:
     assert all(b < a for a, b in pairwise(losses))
 
 
+@pytest.mark.parametrize("mode", ["fast", "lean"])
+def test_the_triton_forms(mode: str) -> None:
+    """Fused LoRA with dropout, states and their gradients over the edges of segments; in the interpreter where there is no card."""
+    pytest.importorskip("triton")
+    records = [{**make_record(n, i), "draw": 7 + i} for i, n in enumerate((20, 1, 14))]
+    model, batch = make_model(LoraSection(r=2, lora_dropout=0.3), linear_act_fun="swish"), collate_rows(records)
+    expected = one_pass(model, records)
+    model = model.float().to("cuda" if torch.cuda.is_available() else "cpu")
+    model.get_base_model().model.pick_kernels("triton")  # type: ignore[operator, union-attr]
+    loss, grads = streamed(model, batch, 12, mode=mode)
+    assert_same((loss, {name: grad.cpu().double() for name, grad in grads.items()}), expected, 5e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["fast", "lean"])
 @pytest.mark.parametrize("offload", ["gpu", "host"])
