@@ -79,6 +79,7 @@ def create_app(service: Service, *, api_key: str | None = None, local: bool = Fa
 
 def add_completions(app: FastAPI, service: Service) -> None:
     """What draws answers."""
+    bounds = service.engine.tokenizer, service.limits.prompt
 
     @app.post("/v1/chat/completions", response_model=schema.Completion, responses=STREAM, openapi_extra=body_of(schema.ChatRequest))
     async def chat(http: HttpRequest) -> Response:
@@ -87,7 +88,7 @@ def add_completions(app: FastAPI, service: Service) -> None:
             raise ApiError(400, "top_logprobs: logprobs needs to be true with it", param="top_logprobs")
         served = await service.catalog.take(wanted.model)
         try:
-            ids = [await asyncio.to_thread(chat_ids, wanted, served, service)]
+            ids = [await asyncio.to_thread(chat_ids, wanted, served, *bounds)]
             asked = ask(service, wanted, served, ids, stop_texts(served.template))
         finally:
             service.catalog.release(served)
@@ -98,7 +99,7 @@ def add_completions(app: FastAPI, service: Service) -> None:
         wanted = schema.parse(schema.CompletionRequest, await http.body())
         served = await service.catalog.take(wanted.model)
         try:
-            ids = await asyncio.to_thread(prompt_ids, wanted, service)
+            ids = await asyncio.to_thread(prompt_ids, wanted, *bounds)
             asked = ask(service, wanted, served, ids)
         finally:
             service.catalog.release(served)
@@ -110,7 +111,7 @@ def add_completions(app: FastAPI, service: Service) -> None:
         base = service.catalog.base
         message = schema.Message(role="user", content=prompt)
         wanted = schema.ChatRequest(model=base.name, messages=[message])
-        ids = [await asyncio.to_thread(chat_ids, wanted, base, service, "prompt")]
+        ids = [await asyncio.to_thread(chat_ids, wanted, base, *bounds, "prompt")]
         answers = await ask(service, wanted, base, ids, stop_texts(base.template)).answers(http.receive)
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         return JSONResponse(schema.PlainReply(response=answers[0].text, status=200, time=now).model_dump())
