@@ -155,19 +155,25 @@ def card_of_24_gb(out: Path, data: Path, model: Path | None) -> None:
 
 
 PAGES = {"tutorial": tutorial, "chat-log": chat_log, "24gb": card_of_24_gb}
+ANYWHERE = ["tutorial", "chat-log"]
+"""The pages that need no GPU."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pages", nargs="*", choices=[*PAGES, []], default=["tutorial", "chat-log"])
+    # not by choices: argparse of Python 3.11 holds the default of nargs="*" against them as one value
+    parser.add_argument("pages", nargs="*", metavar="PAGE", help=f"any of {', '.join(PAGES)} (default: {' '.join(ANYWHERE)})")
     parser.add_argument("--out", type=Path, default=JOURNEYS)
     parser.add_argument("--data", type=Path, help="instruction records (default: dataset/huanhuan.json)")
     parser.add_argument("--model", type=Path, help="a folder of random weights of the 7B (24gb), made there if need be")
     arguments = parser.parse_args()
+    pages = arguments.pages or ANYWHERE
+    if unknown := [page for page in pages if page not in PAGES]:
+        parser.error(f"no page is called {unknown[0]} (there are {', '.join(PAGES)})")
     data = (arguments.data or ROOT / "dataset" / "huanhuan.json").resolve()
     if not data.is_file():
         raise SystemExit(f"{data}: there is no such file. The README says where to get it, or give --data.")
-    for page in arguments.pages:
+    for page in pages:
         PAGES[page](arguments.out, data, arguments.model)
 
 

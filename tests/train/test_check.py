@@ -32,7 +32,7 @@ def test_everything_is_shown_and_nothing_is_written(
     assert re.search(r"records\.json:record \d+: \d+ tokens, \d+ learned \(between \[\[ and ]]\)", said)
     assert "[[" in said and "</s>]]" in said and "<|im_start|>user" in said
     assert re.search(r"qkvu_proj\s+2\s+320", said) and "10 optimizer steps of 8 records (5 an epoch)" in said
-    assert "a card of 24 GiB" in said and "this run" in said
+    assert "cards of 12 to 80 GiB" in said and "this run" in said  # one line for what is alike
     assert ("cards are planned with the plain PyTorch forms" in said) != torch.cuda.is_available()
     assert re.search(r"about [\d,]+ tokens/s on this CPU: [\d.]+ s for the run, [\d.]+ s a step, [\d.]+ s for its longest record", said)
 
@@ -51,6 +51,29 @@ def test_a_transcript_shows_speakers_and_five_records(base: Path, tmp_path: Path
     said = capsys.readouterr().out
     assert re.search(r"甄嬛\s+60", said) and re.search(r"皇上\s+30", said) and re.search(r"皇后\s+30", said)
     assert said.count(" learned (between") == 5
+
+
+def test_a_long_scene_is_shown_in_part(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.txt", "b.txt"):
+        talk = "\n".join(f"皇上: {name}第{i}问？\n甄嬛: {name}第{i}答。" for i in range(60))
+        (tmp_path / name).write_text(talk, encoding="utf-8")
+    sections = {
+        "model": {"path": str(base)},
+        "data": {"train": str(tmp_path), "persona": "甄嬛", "max_length": None, "eval": 0, "format": "transcript"},
+        "train": {"output_dir": str(tmp_path / "run"), "use_cpu": True, "max_steps": 1},
+    }
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(sections, ensure_ascii=False), encoding="utf-8")
+    check.run(recipe)
+    said = capsys.readouterr().out
+    assert said.count(" tokens ...\n") == 2 and "第0问" in said and "第59答" in said and "第30问" not in said
+
+
+def test_bfloat16_on_a_cpu_is_said_to_be_slow(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check.run(recipe, ["model.dtype=bfloat16"])
+    assert "model.dtype=auto takes float32" in capsys.readouterr().out
+    check.run(recipe, ["model.dtype=auto"])
+    assert "slower" not in capsys.readouterr().out
 
 
 def test_colours_mark_what_is_learned(base: Path) -> None:

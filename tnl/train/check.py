@@ -30,8 +30,8 @@ LEARNED, READ = "bold green", "dim"
 CARDS = (12, 16, 24, 40, 80)
 """GiB of the cards that the memory table is for, beside this machine's."""
 TRANSCRIPT_RECORDS = 5
-SHOWN = 2000
-"""Tokens of a record that are shown; of a longer one its beginning and end."""
+SHOWN = 600
+"""Tokens of a record that are shown, and of all records of a transcript together; of longer ones their beginning and end."""
 
 
 def run(recipe_path: Path, overrides: Sequence[str] = (), *, memory: float | None = None, allow_change: Sequence[str] = ()) -> None:
@@ -57,8 +57,9 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), *, memory: float | Non
     if recipe.train.fsdp or recipe.train.deepspeed:
         engine_choice.make(recipe.train, Crew(0, 2), base.device, base.dtype, recipe.where)  # says what contradicts the recipe
     show_statistics(data.report, recipe)
-    for record in data.train[: TRANSCRIPT_RECORDS if data.report.speakers else 1]:
-        show_record(record, base)
+    shown = data.train[: TRANSCRIPT_RECORDS if data.report.speakers else 1]
+    for record in shown:
+        show_record(record, base, SHOWN // len(shown))
     say("")
     with torch.device("meta"):
         model = plan.build(base.config, recipe.lora, base.dtype, "reference", recipe.where)
@@ -106,7 +107,7 @@ def show_statistics(report: Report, recipe: Recipe) -> None:
     table.add_row("template", f"{report.template} ({report.template_hash[:12]})")
     console.print(table, markup=False)
     for line in report.notices:
-        say(line)
+        say(paths.nearby(line))
     if report.speakers:
         show_speakers(report.speakers, recipe.data.persona)
 
@@ -121,21 +122,21 @@ def show_speakers(speakers: dict[str, int], persona: str | None) -> None:
         say(f"and {len(speakers) - 20} more speakers")
 
 
-def show_record(record: dict[str, Any], base: Base) -> None:
-    """One record as the model reads it, the learned tokens in colour, the end token written out."""
+def show_record(record: dict[str, Any], base: Base, most: int = SHOWN) -> None:
+    """One record as the model reads it, at most so many tokens of it, the learned ones in colour, the end token written out."""
     brackets = console.color_system is None
     how = "between [[ and ]]" if brackets else "green"
     say("")
     say(f"{paths.shown(record['id'])}: {len(record['input_ids'])} tokens, {count_supervised(record)} learned ({how})")
-    size, half = len(record["input_ids"]), SHOWN // 2
-    if size <= SHOWN:
+    size, half = len(record["input_ids"]), most // 2
+    if size <= most:
         console.print(coloured(record, base.tokenizer, brackets))
         return
     for part in (slice(0, half), slice(size - half, size)):
         shown = {name: record[name][part] for name in ("input_ids", "labels")}
         console.print(coloured(shown, base.tokenizer, brackets))
         if part.start == 0:
-            say(f"... {size - SHOWN:,} tokens ...")
+            say(f"... {size - 2 * half:,} tokens ...")
 
 
 def coloured(record: dict[str, Any], tokenizer: Any, brackets: bool) -> Text:
@@ -196,10 +197,17 @@ def show_memory(recipe: Recipe, base: Base, data: Dataset, memory: float | None)
     layout = segments.lay_out(needs, base.config, device, here, longest, recipe.train)
     chosen = layout.choice
     table.add_row(*row("this run" if memory is None else f"{memory:g} GiB", chosen))
+    cards: list[tuple[list[int], tuple[str, ...]]] = []
     for size in CARDS:
         with contextlib.suppress(MemoryBudgetError):
             choice, _ = segments.fitting(card, base.config, torch.device("cuda"), size * plan.GIB, longest, recipe.train)
-            table.add_row(*row(f"a card of {size} GiB", choice))
+            cells = row("", choice)[1:]
+            if cards and cards[-1][1] == cells:
+                cards[-1][0].append(size)
+            else:
+                cards.append(([size], cells))
+    for sizes, cells in cards:
+        table.add_row(f"cards of {sizes[0]} to {sizes[-1]} GiB" if len(sizes) > 1 else f"a card of {sizes[0]} GiB", *cells)
     console.print(table)
     if not torch.cuda.is_available() and recipe.model.backend != "reference":
         say("no GPU is here to try our kernels on: cards are planned with the plain PyTorch forms, which take more memory")
