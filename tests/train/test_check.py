@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tnl import hub
+from tnl.data.messages import Message, Role
+from tnl.data.template import TEMPLATES, encode_prompt
 from tnl.errors import DataError, MemoryBudgetError, ModelError, RecipeError
 from tnl.model import convert
 from tnl.recipe.load import load
@@ -83,6 +85,16 @@ def test_colours_mark_what_is_learned(base: Path) -> None:
     record = {"id": "r", "input_ids": [200, 201, 300, 2], "labels": [-100, -100, 300, 2]}
     text = check.coloured(record, load_tokenizer(base), brackets=False)
     assert [span.style for span in text.spans] == [check.READ, check.LEARNED] and text.plain.endswith("</s>")
+
+
+def test_no_blank_is_shown_behind_an_answer_that_is_only_read(base: Path) -> None:
+    # only this test needs a tokenizer alone
+    from tnl.model.load import load_tokenizer
+
+    tokenizer = load_tokenizer(base)
+    ids = [*encode_prompt([Message(Role.USER, "a")], tokenizer, TEMPLATES["chatml"]), 300, tokenizer.eos_token_id]
+    text = check.coloured({"input_ids": [*ids, *ids], "labels": [-100] * 2 * len(ids)}, tokenizer, brackets=True)
+    assert "</s><|im_start|>" in text.plain
 
 
 def test_a_card_can_be_named(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,6 +182,8 @@ def test_a_check_names_what_a_deepspeed_configuration_contradicts(recipe: Path, 
     config.write_text(json.dumps({"zero_optimization": {"stage": 2}, "gradient_clipping": 0.3}), encoding="utf-8")
     with pytest.raises(RecipeError, match=r"gradient_clipping: is 0\.3, and train\.max_grad_norm is 1\.0"):
         check.run(recipe, [f"train.deepspeed={config}"])
+    with pytest.raises(RecipeError, match=r"train\.deepspeed: .*d\.json: no such file\. Did you mean .*ds\.json\?$"):
+        check.run(recipe, [f"train.deepspeed={config.with_name('d.json')}"])
     check.run(recipe, ["train.fsdp=true"], memory=24)
     assert "planned for one process: train.fsdp and train.deepspeed" in capsys.readouterr().out
 

@@ -148,8 +148,10 @@ def coloured(record: dict[str, Any], tokenizer: Any, brackets: bool) -> Text:
     ids, labels = (numpy.asarray(record[name]).tolist() for name in ("input_ids", "labels"))
     start = 0
     for end in range(1, len(ids) + 1):
-        if end == len(ids) or (labels[end] == IGNORED) != (labels[start] == IGNORED):
-            part = tokenizer.decode(ids[start:end], skip_special_tokens=False)
+        over = ids[end - 1] == tokenizer.eos_token_id
+        if end == len(ids) or over or (labels[end] == IGNORED) != (labels[start] == IGNORED):
+            # beside an end token a text would be decoded with a blank before it that is not there
+            part = tokenizer.decode(ids[start : end - over], skip_special_tokens=False) + tokenizer.eos_token * over
             learned = labels[start] != IGNORED
             text.append(f"[[{part}]]" if learned and brackets else part, LEARNED if learned else READ)
             start = end
@@ -197,11 +199,11 @@ def show_memory(recipe: Recipe, base: Base, data: Dataset, memory: float | None)
     layout = segments.lay_out(needs, base.config, device, here, longest, recipe.train)
     chosen = layout.choice
     table.add_row(*row("this run" if memory is None else f"{memory:g} GiB", chosen))
-    cards: list[tuple[list[int], tuple[str, ...]]] = []
+    cards: list[tuple[list[int], list[str]]] = []
     for size in CARDS:
         with contextlib.suppress(MemoryBudgetError):
             choice, _ = segments.fitting(card, base.config, torch.device("cuda"), size * plan.GIB, longest, recipe.train)
-            cells = row("", choice)[1:]
+            _, *cells = row("", choice)
             if cards and cards[-1][1] == cells:
                 cards[-1][0].append(size)
             else:
