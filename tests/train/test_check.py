@@ -74,6 +74,7 @@ def test_a_long_scene_is_shown_in_part(base: Path, tmp_path: Path, capsys: pytes
 def test_bfloat16_on_a_cpu_is_said_to_be_slow(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check.run(recipe, ["model.dtype=bfloat16"])
     assert "model.dtype=auto takes float32" in capsys.readouterr().out
+    check.run(recipe, ["model.dtype=bfloat16"], memory=24)  # a card is planned for
     check.run(recipe, ["model.dtype=auto"])
     assert "slower" not in capsys.readouterr().out
 
@@ -174,7 +175,7 @@ def test_a_document_that_fits_nowhere_whole_is_shown_in_segments(base: Path, tmp
 
 
 def test_durations_are_said_as_people_say_them() -> None:
-    assert [check.clock(s) for s in (0.25, 42.3, 400, 7200)] == ["0.2 s", "42 s", "7 min", "2 h 00 min"]
+    assert [check.clock(s) for s in (0.25, 42.3, 400, 7200, 1e6)] == ["0.2 s", "42 s", "7 min", "2 h 00 min", "12 days"]
 
 
 def test_a_check_names_what_a_deepspeed_configuration_contradicts(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

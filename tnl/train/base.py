@@ -51,9 +51,14 @@ def prepare(recipe: Recipe, memory: float | None = None, *, weights: bool = True
         # every weight in bfloat16 would lose most of its updates to rounding
         half = arguments.asks_for_bfloat16(recipe.train) or (device.type == "cuda" and torch.cuda.is_bf16_supported() and recipe.lora)
         wanted = "bfloat16" if half else "float32"
-    elif wanted == "bfloat16" and device.type == "cpu":
-        say("model.dtype: bfloat16 is several times slower than float32 on most CPUs; model.dtype=auto takes float32, of twice the memory")
     return Base(folder, config, load_tokenizer(folder, config), device, getattr(torch, wanted))
+
+
+def slow_dtype(recipe: Recipe, base: Base) -> str:
+    """A line for the person where another dtype would be faster here; "" where none would."""
+    if recipe.model.dtype != "bfloat16" or base.device.type != "cpu":
+        return ""
+    return "model.dtype: bfloat16 is several times slower than float32 on most CPUs; model.dtype=auto takes float32, of twice the memory"
 
 
 def fingerprint_of(recipe: Recipe, base: Base) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from tnl.model.modeling_transnormer import TransnormerForCausalLM
 from tnl.recipe.load import Recipe, load
 from tnl.run_dir import RunDir, changes
 from tnl.train import arguments, calibrate, engine_choice, order, plan, recomputation, segments, shared_prompt
-from tnl.train.base import Base, fingerprint_of, prepare
+from tnl.train.base import Base, fingerprint_of, prepare, slow_dtype
 from tnl.train.crew import Crew
 from tnl.train.run import occupied
 from tnl.train.show import console, say, show_table
@@ -72,6 +72,8 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), *, memory: float | Non
     many = (recipe.train, len(units), settings.records_per_step)
     say(order.words(*many, order.UNITS[recipe.data.packing]))
     if memory is None:
+        if line := slow_dtype(recipe, base):
+            say(line)
         show_time(recipe, base, data, layout, prompt.spared, (order.count_steps(*many), max(order.steps_an_epoch(*many), 1)))
 
 
@@ -172,7 +174,8 @@ def show_time(recipe: Recipe, base: Base, data: Dataset, layout: segments.Layout
     if speed is None:
         return
     seconds = (1 - spared) * sum(speed.seconds(length, segment, layout.every) for length in lengths)
-    words = f"about {sum(lengths) / seconds:,.0f} tokens/s on this {base.device.type.upper()}"
+    rate = sum(lengths) / seconds
+    words = f"about {rate:,.{0 if rate >= 10 else 1}f} tokens/s on this {base.device.type.upper()}"
     whole, step, row = clock(seconds * steps[0] / steps[1]), clock(seconds / steps[1]), clock(speed.seconds(longest, segment, layout.every))
     say(f"{words}: {whole} for the run, {step} a step, {row} for its longest record")
 
@@ -182,7 +185,9 @@ def clock(seconds: float) -> str:
     minutes = round(seconds / 60)
     if seconds < 100:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
+    if minutes < 100:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes < 100 * 60 else f"{minutes / 60 / 24:.0f} days"
 
 
 def show_memory(recipe: Recipe, base: Base, data: Dataset, memory: float | None) -> segments.Layout:

@@ -16,7 +16,7 @@ from tnl.recipe.load import Recipe, dump, load
 from tnl.run_dir import RunDir, open_run
 from tnl.storage import storage
 from tnl.train import arguments, callbacks, engine_choice, lora, order, plan, recomputation, segments, shared_prompt, together
-from tnl.train.base import Base, fingerprint_of, prepare
+from tnl.train.base import Base, fingerprint_of, prepare, slow_dtype
 from tnl.train.engines import Engine
 from tnl.train.graphed import Graphed
 from tnl.train.paths_taken import paths_taken, rows_of_a_step, why_eager, words
@@ -57,6 +57,8 @@ def train(recipe: Recipe, memory: float | None, allow: Sequence[str] = ()) -> Ru
     for line in recipe.notices:
         say(line)
     base = together.in_turn(crew, lambda: prepare(recipe, memory))
+    if line := slow_dtype(recipe, base):
+        say(line)
     path = Path(recipe.train.output_dir)
     with crew.together():
         facts = fingerprint_of(recipe, base)
