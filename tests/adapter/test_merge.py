@@ -135,7 +135,9 @@ def test_bfloat16_is_reported_and_bounded(base: Path, make_adapter: Make, tmp_pa
     save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, half / "model.safetensors")
     run(make_adapter(on=half), tmp_path / "out")
     said = capsys.readouterr().out
-    assert "bfloat16)" in said
+    assert "bfloat16)" in said and "lost to rounding" not in said
+    run(make_adapter("faint", on=half, std=1e-4), tmp_path / "faint-out")
+    assert "lost to rounding: --dtype float32 keeps it" in capsys.readouterr().out
     assert load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.channel_mixer.l1.weight"].dtype == torch.bfloat16
     # an update that bfloat16 cannot hold beside the base's values
     wild = make_adapter("wild", on=half, std=3.0, lora_alpha=2000)

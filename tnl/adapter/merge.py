@@ -27,6 +27,8 @@ PROBE = 64
 """Tokens that adapter and merged model are compared on."""
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Largest difference of logits, as a share of the largest logit, beyond which the merged model is not written."""
+LOST = 0.25
+"""Share of what the adapter changes that rounding may take before a person is told."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ def run(run: str | Path, out: str | Path, dtype: str | None = None, base: str | 
         write_metadata(folder, replace(described, base=replace(described.base, path=".", name=target.name)))
     print(f"merged: {paths.shown(target)}")
     print(report)
+    if LOST < report.share < math.inf and chosen != torch.float32:
+        print("much of so small a change is lost to rounding: --dtype float32 keeps it, or leave the adapter beside its base")
     print(f"Talk to it: tnl chat {paths.quoted(target)}")
 
 
